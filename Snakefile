@@ -1,0 +1,29 @@
+# The graph of a book's runs: each rule is one papermill call of a notebook in nbs/stages. `she-nb book` starts it.
+# By hand, for example with an executor plugin on a cluster, from the folder of the book:
+#     snakemake --cores 2 --forceall
+# The records decide what is finished (she_nb.cli.pending), not file times: only pending runs have a rule here.
+import os
+
+from she_nb.cli import job, outputs, pending, plan, read_book, watch_parent
+
+if "SHE_NB_WATCH" in os.environ: watch_parent()
+
+book = read_book(config.get("book", ""))
+todo = pending(book, plan(book))
+
+
+rule all:
+    input: [path for run in todo for path in outputs(book, run)]
+
+
+for run in todo:
+    what = job(book, run, todo)
+
+    rule:
+        name: run.key.replace("-", "_")
+        input: what["input"]
+        output: what["output"]
+        threads: run.threads
+        priority: 10 if run.stage == "train" else 0
+        params: command=what["command"]
+        shell: "exec {params.command}"

@@ -1,0 +1,68 @@
+"""What the tests share: the command in a subprocess, a desk of its own for every test, and five toy stages."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, writes
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = "arm, seed, preset = 'srpo', 0, 'micro'\nout = record = inputs = ''\n"
+DECLARED = {
+    "data": "catalog = ''\ndata_seed = 0",
+    "sft": "sft_lr = 1e-3\ndata_dir = ''",
+    "train": "rl_lr = 2e-4\ndata_dir = model_dir = ''",
+    "evaluate": "data_dir = model_dir = ''",
+    "report": "reports = ''",
+}
+
+
+def write_stages(folder, **bodies):
+    "Toy stages that leave a file and a record; `bodies` replaces the work of some."
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, names in DECLARED.items():
+        begin = f"from she_nb.book import start_run\nrun = start_run('{stage}', globals())"
+        work = bodies.get(stage, "(run.out / 'made').write_text(arm)")
+        cells = [new_code_cell(COMMON + names, metadata={"tags": ["parameters"]}), new_code_cell(begin),
+                 new_code_cell(work), new_code_cell("run.finish({'wild/accuracy': 0.5})")]
+        notebook = new_notebook(cells=[new_markdown_cell("# A toy\n\nIt only counts."), *cells])
+        (folder / f"{stage}.ipynb").write_text(writes(notebook))
+
+
+class Desk:
+    "A folder with its own work/ and reports/, in which the command runs."
+    def __init__(self, folder, stages=None):
+        self.folder, self.work, self.reports = folder, folder / "work", folder / "reports"
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SHE_NB_", "MAKE"))}
+        self.env |= {"SHE_NB_WORK": str(self.work), "SHE_NB_REPORTS": str(self.reports), "PYTHONPATH": path}
+        if stages: self.env["SHE_NB_STAGES"] = str(stages)
+
+    def words(self, *words): return [sys.executable, "-m", "she_nb.cli", *map(str, words)]
+
+    def run(self, *words):
+        return subprocess.run(self.words(*words), cwd=self.folder, env=self.env, capture_output=True, text=True)
+
+    def start(self, *words):
+        return subprocess.Popen(self.words(*words), cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def files(self):
+        "What was written: no file at all, if a command refused to start."
+        return [path for top in (self.work, self.reports) for path in top.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def desk(tmp_path):
+    write_stages(tmp_path / "stages")
+    return Desk(tmp_path, tmp_path / "stages")
+
+
+def refused(done, words, code=2):
+    "The command failed with one sentence that holds `words`, and no traceback."
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("she-nb: "), done.stderr
+    assert words in lines[0]
+    assert lines[0].endswith((".", "?"))

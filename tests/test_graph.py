@@ -1,0 +1,62 @@
+"""The graph under Snakemake with toy stages: done once, resumed after kill -9, failing in one sentence."""
+import os
+import signal
+import time
+
+import pytest
+from conftest import ROOT, refused, write_stages
+
+from she_nb.book import read_record
+from she_nb.cli import open_book, pending, plan
+
+BOOK = "book", "--preset", "micro"
+
+
+def stamps(desk): return {path: path.stat().st_mtime_ns for path in desk.reports.rglob("run.json")}
+
+
+def test_killed_resumed_and_left_alone(desk):
+    "kill -9 in the trainings; the same command then makes only what is missing, and the next one nothing."
+    slow = "import time\nfor step in range(20): time.sleep(.3); print('step', step)"
+    write_stages(desk.folder / "stages", train=slow)
+    process = desk.start(*BOOK)
+    log, until = desk.work / "book/logs/train-srpo-s0.log", time.monotonic() + 200
+    while not (log.exists() and "step 1" in log.read_text()):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = stamps(desk)
+    assert sorted(path.parent.name for path in before) == ["data-all-s0", "sft-sft-s0"]
+    said = desk.run(*BOOK)
+    assert said.returncode == 0, said.stderr
+    assert "6 of 8 runs to do" in said.stdout and "report.html" in said.stdout
+    after = stamps(desk)
+    assert len(after) == 8 and before.items() <= after.items()
+    began = time.monotonic()
+    assert "nothing to do" in desk.run(*BOOK).stdout
+    assert time.monotonic() - began < 10 and stamps(desk) == after
+    assert read_record(desk.reports / "book/runs/train-srpo-s0/run.json").metrics == {"wild/accuracy": 0.5}
+
+
+def test_a_failing_stage(desk):
+    "Its sentence reaches the terminal; what did not depend on it is done."
+    write_stages(desk.folder / "stages", train="if arm == 'grpo': raise ZeroDivisionError('by nothing')")
+    refused(desk.run(*BOOK), "Stage train failed in cell", code=1)
+    done = {path.parent.name for path in stamps(desk)}
+    assert "evaluate-srpo-s0" in done and "train-grpo-s0" not in done and "report-all-s0" not in done
+
+
+def test_dry_run_writes_nothing(desk):
+    said = desk.run(*BOOK, "--dry-run")
+    assert "8 of 8 runs would run" in said.stdout and desk.files() == []
+
+
+@pytest.mark.parametrize("preset", ["tiny", "micro"])
+def test_real_stages_fit_the_settings(preset):
+    "Every stage notebook declares names and types that settings.ini can fill."
+    if not (ROOT / "nbs/stages/train.ipynb").exists(): pytest.skip("the stage notebooks are not here")
+    book = open_book(preset, studies=True)
+    runs = plan(book)
+    assert len(runs) == 2 + len(book.seeds) * (2 + 2 * len(book.arms))
+    assert pending(book, runs)[-1].stage == "report" if pending(book, runs) else True

@@ -1,0 +1,49 @@
+"""The real thing: micro book, kill -9 in the middle of a training, the same command again, the same numbers."""
+import os
+import signal
+import time
+
+import pytest
+from conftest import ROOT, Desk
+
+from she_nb.evaluate import read_records
+
+BOOK = "book", "--preset", "micro"
+STAGES = [ROOT / "nbs/stages" / f"{stage}.ipynb" for stage in ("data", "sft", "train", "evaluate", "report")]
+pytestmark = pytest.mark.skipif(not all(map(os.path.exists, STAGES)), reason="the stage notebooks are not here")
+
+
+def records(desk): return {record["folder"].name: record for record in read_records(desk.reports / "book")}
+
+
+def numbers(desk):
+    "Final metrics of every run, less what the clock says."
+    return {key: {name: value for name, value in record["metrics"].items() if "second" not in name}
+            for key, record in records(desk).items() if record["stage"] != "report"}
+
+
+def wait_for(path, process, seconds=400):
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < until, f"{path} did not appear"
+        time.sleep(.05)
+
+
+def test_killed_in_training_ends_with_the_same_numbers(tmp_path):
+    killed, whole = (tmp_path / name for name in ("killed", "whole"))
+    for folder in (killed, whole): folder.mkdir()
+    killed, whole = Desk(killed), Desk(whole)
+    process = killed.start(*BOOK)
+    wait_for(killed.work / "book/logs/train-srpo-s0.log", process)
+    time.sleep(3)  # into the training's imports and first steps
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {key: record["seconds"] for key, record in records(killed).items()}
+    assert "sft-sft-s0" in finished and "train-srpo-s0" not in finished
+    for desk in (killed, whole):
+        said = desk.run(*BOOK)
+        assert said.returncode == 0, said.stderr
+    again = {key: record["seconds"] for key, record in records(killed).items()}
+    assert {key: again[key] for key in finished} == finished  # no finished stage was repeated
+    assert numbers(killed) == numbers(whole)
+    assert (killed.reports / "book/report.html").stat().st_size > 10_000
