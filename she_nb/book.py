@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def root() -> Path:  # the folder with settings.ini, data/ and nbs/
 class Settings:
     "One preset of settings.ini, every value checked (sources of the values stand in the file)."
     preset: str  # the section's name
-    model: str  # what `models` builds: an architecture from scratch, a package's model, a hub id
+    model: str  # qwen3-tiny (from scratch), or a folder or hub id of a causal model
     vocab_size: int  # pieces of the tokenizer
     hidden_size: int  # width of the model
     layers: int  # decoder layers
@@ -66,6 +67,7 @@ class Settings:
     rl_lr: float  # its learning rate
     warmup_steps: int  # steps of linear warm-up
     temperature: float  # of the rollouts
+    reading: str  # of Eq. 6, for the arm `srpo`: group, step or return
     gamma: float  # discount per step of the chain
     beta: float  # weight of the KL term
     clip_epsilon: float  # PPO clipping range
@@ -80,7 +82,8 @@ class Settings:
 LIMITS = {"data_seed": (0, 2**31), "vocab_size": (260, 10**6), "group_size": (2, 1024), "warmup_steps": (0, 10**6),
           "sft_lr": (1e-8, 1), "rl_lr": (1e-8, 1), "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10),
           "clip_epsilon": (0.001, 1)}
-CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only")}
+CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
+           "reading": ("group", "step", "return")}
 KINDS = {f.name: f.type for f in fields(Settings) if f.name != "preset"}
 WORDS = {int: "a whole number", float: "a number", str: "a word",
          tuple[int, ...]: "whole numbers with commas between", tuple[str, ...]: "words with commas between"}
@@ -279,8 +282,14 @@ class Recorder:
         self.arm, self.seed, self.preset = names.get("arm", "all"), names.get("seed", 0), names.get("preset", "none")
         self.out = Path(names.get("out") or tempfile.mkdtemp(prefix=f"she-nb-{stage}-"))
         self.record = Path(names.get("record") or tempfile.mkdtemp(prefix=f"she-nb-{stage}-record-"))
+        begun = self.out / "begun"  # a killed attempt with the same parameters leaves checkpoints worth keeping
+        if begun.is_file():
+            if begun.read_text().strip() != digest(self.parameters): shutil.rmtree(self.out)
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise BookError(f"{self.out}: holds files that no run made; choose an empty folder for `out`.")
         for folder in (self.out, self.record): folder.mkdir(parents=True, exist_ok=True)
         for mark in (self.out / "done", self.record / "run.json"): mark.unlink(missing_ok=True)
+        atomic_write(begun, digest(self.parameters) + "\n")
 
     def finish(
         self,

@@ -432,7 +432,6 @@ def stage_command(args) -> None:  # args: stage, params_file, output, log, p
     arguments = given["arguments"] | {name: _literal(text) for name, text in args.p}
     output = Path(args.output or root() / "work" / "alone" / f"{args.stage}.ipynb")
     log = Path(args.log or output.with_suffix(".log"))
-    if args.params_file: shutil.rmtree(arguments["out"], ignore_errors=True)  # what a killed attempt left
     try:
         run_stage(args.stage, arguments, output, log, given["threads"])
         check_record(args.stage, arguments)
