@@ -66,3 +66,17 @@ def refused(done, words, code=2):
     assert len(lines) == 1 and lines[0].startswith("she-nb: "), done.stderr
     assert words in lines[0]
     assert lines[0].endswith((".", "?"))
+
+
+@pytest.fixture(scope="session")
+def words():
+    "The small judge's tokenizer."
+    from small import tokenizer  # and torch with it, for those who need it
+    return tokenizer()
+
+
+@pytest.fixture(scope="session")
+def policy(words, tmp_path_factory):
+    "A small judge that knows the form of an answer."
+    from small import taught
+    return taught(words, tmp_path_factory.mktemp("taught"))

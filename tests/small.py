@@ -1,4 +1,4 @@
-"A judge small enough for contracts: twelve written pairs, a tokenizer of 400 ids, one layer, and trainers that can be told what to say."
+"A judge small enough for contracts: twelve written pairs, 400 ids, one layer, trainers that say what they are told."
 import random
 from dataclasses import fields
 
@@ -21,7 +21,8 @@ def pair(number, wanted, color, offered, shown):
     return Pair(str(number), f"{color} {wanted}", f"{shown or ''} {offered}", "plain", "seed", str(number), truth)
 
 
-PAIRS = [pair(i, THINGS[i % 3], COLORS[i % 2], THINGS[(i + i // 6) % 3], (*COLORS, None)[i // 2 % 3]) for i in range(12)]
+PAIRS = [pair(i, THINGS[i % 3], COLORS[i % 2], THINGS[(i + i // 6) % 3], (*COLORS, None)[i // 2 % 3])
+         for i in range(12)]
 TRUTHS = [each.truth for each in PAIRS]
 CHAINS = TRUTHS[1:] + TRUTHS[:1]  # of another pair: a teacher who is often wrong
 
@@ -37,15 +38,23 @@ def taught(words, folder, steps=120):
     return model
 
 
-OWN = {"prompts_per_step": 3, "group": 4, "lr": 1e-2, "max_new_tokens": 40, "micro_batch": 0, "beta": 0.0, "temperature": 0.99,
-       "seed": 0}  # of rl_config
+def fresh(model, words):
+    "A copy; `deepcopy` would share the forward method that TRL puts into a model that it trained."
+    copy = new_model(words, hidden_size=32, layers=1, heads=2)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+OWN = {"prompts_per_step": 3, "group": 4, "lr": 3e-3, "max_new_tokens": 40, "micro_batch": 0, "beta": 0.0,
+       "temperature": 0.99, "seed": 0}  # of rl_config
 
 
 def settings(folder, steps=4, **changes):
     "The book's own configuration for three prompts in groups of four; further `changes` are GRPOConfig's names."
     config = rl_config(folder, steps, warmup=1, **{name: changes.pop(name, value) for name, value in OWN.items()})
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
-    derived = {"generation_batch_size": None, "steps_per_generation": None, "save_strategy": "no"}
+    derived = {"generation_batch_size": None, "steps_per_generation": None, "save_strategy": "no",
+               "use_cpu": True}
     return GRPOConfig(**values | derived | changes)
 
 
@@ -84,7 +93,8 @@ class Kept(StepGRPOTrainer):
     "Remembers every generation batch."
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        self.__dict__.setdefault("batches", []).append((inputs, {name: value.clone() for name, value in output.items()}))
+        kept = {name: value.clone() for name, value in output.items()}  # TRL shuffles what it was given
+        self.__dict__.setdefault("batches", []).append((inputs, kept))
         return output
 
 
@@ -98,3 +108,6 @@ def rows(trainer):
 
 
 def weights(model): return torch.cat([each.detach().flatten() for each in model.parameters()])
+
+
+def moved(run, before): return (weights(run.model) - weights(before)).abs().max() > 1e-3

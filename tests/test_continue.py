@@ -1,0 +1,98 @@
+"""A training that was killed and continued ends with the numbers of one that never was."""
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from small import CHAINS, PAIRS, fresh, moved, rows, settings, trainer, weights
+from transformers import TrainerCallback
+
+from she_nb.models import new_model
+from she_nb.trainers import Progress, StepGRPOTrainer, run_training, sft_dataset, train_rl, train_sft
+
+
+class Killed(Exception): pass
+
+
+class Kill(TrainerCallback):
+    def __init__(self, at): self.at = at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at: raise Killed
+
+
+@contextmanager
+def kill(at):
+    "Kill the book's own trainings at a step's begin."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "on_step_begin", Kill(at).on_step_begin, raising=False)
+        yield
+
+
+@pytest.mark.parametrize(("at", "changes"), [(3, {}), (4, {}), (7, {}), (9, {}), (7, {"micro_batch": 4}),
+                                             (7, {"num_iterations": 2, "micro_batch": 4}), (7, {"beta": 0.1})], ids=str)
+def test_rl_killed_and_continued_is_as_if_never_killed(policy, words, tmp_path, at, changes):
+    "Four steps are an epoch, a checkpoint is written after every second step."
+    policy.save_pretrained(tmp_path / "policy")
+
+    def make(folder):
+        model = str(tmp_path / "policy") if "beta" in changes else fresh(policy, words)
+        config = settings(tmp_path / folder, 10, save_strategy="steps", save_steps=2, **changes)
+        return trainer(StepGRPOTrainer, model, words, config)
+
+    run_training(whole := make("whole"), tmp_path / "whole")
+    killed = make("killed")
+    killed.add_callback(Kill(at))
+    with pytest.raises(Killed): run_training(killed, tmp_path / "killed")
+    log = run_training(again := make("killed"), tmp_path / "killed")
+    assert [row["step"] for row in log] == list(range(1, 11))
+    assert rows(again) == rows(whole)
+    assert torch.equal(weights(again.model), weights(whole.model)) and moved(whole, policy)
+
+
+@pytest.mark.parametrize("at", [3, 5, 9])
+def test_sft_killed_and_continued_is_as_if_never_killed(words, tmp_path, at):
+    "Three steps are an epoch, a checkpoint is written after every third step."
+    def go(folder):
+        model = new_model(words, hidden_size=16, layers=1, heads=2)
+        log = train_sft(model, words, sft_dataset(PAIRS, CHAINS), tmp_path / folder, steps=12, batch=4)
+        uncounted = ("seconds", "num_tokens")  # TRL counts a continued run's tokens from its start
+        return [{name: row[name] for name in row if name not in uncounted} for row in log], weights(model)
+
+    whole = go("whole")
+    with kill(at), pytest.raises(Killed): go("killed")
+    again = go("killed")
+    assert whole[0] == again[0] and len(whole[0]) == 12
+    assert torch.equal(whole[1], again[1])
+
+
+def test_a_finished_training_is_not_trained_further(policy, words, tmp_path):
+    def go():
+        config = settings(tmp_path, 4, save_strategy="steps", save_steps=2)
+        return train_rl(fresh(policy, words), words, PAIRS, config)
+
+    (first, log), (second, same) = go(), go()
+    assert log == same and torch.equal(weights(first.model), weights(second.model))
+
+
+@pytest.mark.parametrize("lost", ["trainer_state.json", "rng_state.pth", "optimizer.pt", "model.safetensors"])
+def test_a_checkpoint_that_was_being_written_is_passed_over(policy, words, tmp_path, lost):
+    def make(folder):
+        config = settings(tmp_path / folder, 6, save_strategy="steps", save_steps=2, save_total_limit=None)
+        return trainer(StepGRPOTrainer, fresh(policy, words), words, config)
+
+    run_training(whole := make("whole"), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken/checkpoint-6")
+    for name in {lost, "trainer_state.json"}: (tmp_path / "broken/checkpoint-4" / name).unlink()
+    run_training(again := make("broken"), tmp_path / "broken")
+    assert rows(again) == rows(whole) and torch.equal(weights(again.model), weights(whole.model))
+
+
+def test_seconds_go_on_where_the_killed_run_left_them(policy, words, tmp_path):
+    def go():
+        config = settings(tmp_path, 4, save_strategy="steps", save_steps=2)
+        return [row["seconds"] for row in train_rl(fresh(policy, words), words, PAIRS, config)[1]]
+
+    with kill(3), pytest.raises(Killed): go()
+    assert (seconds := go()) == sorted(seconds) and len(seconds) == 4

@@ -1,0 +1,80 @@
+"The README is what nbs/index.ipynb says, it is short, and what it tells you to type exists."
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from she_nb.book import check_arguments, declared, stage_notebook
+from she_nb.cli import open_book, parser
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+INLINE = re.findall(r"`(make [^`]+)`", TEXT)
+COMMANDS = sorted({line.partition("#")[0].strip() for line in "\n".join([*BLOCKS, *INLINE]).splitlines()} - {""})
+BIN = Path(sys.executable).parent
+
+
+def make(*words):
+    "make with this environment as it is, and none of the options of a `make` around us."
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    words = ["make", "-o", ".venv/.book", "-o", ".venv/.test", f"BIN={BIN}", *map(str, words)]
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_it_is_made_from_the_index(tmp_path):
+    done = make("readme", f"README={tmp_path / 'README.md'}")
+    assert done.returncode == 0, done.stderr
+    made = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert made == TEXT, "nbs/index.ipynb or what it reads changed; run make readme"
+
+
+def test_it_is_short(): assert len(TEXT.splitlines()) <= 200
+
+
+def test_the_two_commands_are_shown(): assert {"make book", "make test"} <= set(COMMANDS)
+
+
+def values(words):
+    "The pairs of name and value behind each -p, numbers as numbers."
+    pairs = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "-p"]
+    return {name: int(value) if value.isdigit() else value for name, value in pairs}
+
+
+def check_make(words):
+    settings = [word.partition("=")[0] for word in words[1:] if "=" in word]
+    assert all(f"$({name})" in (ROOT / "Makefile").read_text() for name in settings)
+    done = make("-n", *words[1:])
+    assert done.returncode == 0, done.stderr
+
+
+def check_papermill(words):
+    notebook = ROOT / words[1]
+    check_arguments(notebook.stem, declared(notebook), values(words))
+
+
+def check_she_nb(words):
+    args = parser().parse_args(words[1:])
+    if args.command == "stage": check_arguments(args.stage, declared(stage_notebook(args.stage)), values(words))
+    else: open_book(args.preset, args.name, **values(words))
+
+
+def check_source(words): assert words == ["source", ".venv/bin/activate"]
+
+
+CHECKS = {"make": check_make, "papermill": check_papermill, "she-nb": check_she_nb, "source": check_source}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_exists(command):
+    words = shlex.split(command)
+    CHECKS[words[0]](words)
+
+
+def test_each_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", TEXT)
+    assert links and not [link for link in links if "://" not in link and not (ROOT / link).exists()]

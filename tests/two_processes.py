@@ -1,0 +1,31 @@
+"Run by test_trl.py, alone and under torchrun: short trainings whose responses are written beforehand."
+import sys
+from pathlib import Path
+
+import torch
+from small import Kept, Told, fresh, rows, scripts, settings, tokenizer, trainer, weights
+
+from she_nb.models import new_model
+
+
+class ToldAndKept(Told, Kept): pass
+
+
+def run(out, name, each, micro, credit="srpo_return"):
+    "Train on `each` responses in every process, `micro` in a forward pass; leave batches, log and weights."
+    words = tokenizer()
+    config = settings(out / name, 5, per_device_train_batch_size=micro, gradient_accumulation_steps=each // micro,
+                      optim="sgd", lr=0.5)
+    told = trainer(ToldAndKept, fresh(new_model(words, 32, 1, 2), words), words, config, credit)
+    told.script = scripts(words)
+    told.train()
+    kept = [{name: batch[name] for name in ("completion_ids", "completion_mask", "advantages")} | {
+             "row": [each["row"] for each in inputs]} for inputs, batch in told.batches]
+    model = told.accelerator.unwrap_model(told.model)
+    found = {"batches": kept, "rows": rows(told), "weights": weights(model),
+             "processes": told.accelerator.num_processes}
+    torch.save(found, out / f"{name}-{told.accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    for micro in (6, 3): run(Path(sys.argv[1]), f"two{micro}", 6, micro)
