@@ -65,6 +65,7 @@ class Settings:
     prompts_per_step: int  # prompts in a step
     group_size: int  # responses per prompt
     rl_lr: float  # its learning rate
+    tune_lrs: str  # learning rates that the ablations try for every arm, with commas between
     warmup_steps: int  # steps of linear warm-up
     temperature: float  # of the rollouts
     reading: str  # of Eq. 6, for the arm `srpo`: group, step or return

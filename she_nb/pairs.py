@@ -146,7 +146,7 @@ def ask_question(product: Product, catalog: Catalog, rng: random.Random) -> Requ
     needs = catalog.lexicon.needs.get(product.category[-1])
     if not wishes: return None
     said = " and ".join(spoken(wish.value, catalog, rng) for wish in wishes)
-    query = f"what {said} thing helps to {rng.choice(needs)}" if needs else f"which {product.category[-1]} comes in {said} ?"
+    query = f"what {said} thing helps to {rng.choice(needs)}" if needs else f"which {product.category[-1]} is {said} ?"
     return Request(query, "question", product.category, tuple(wishes))
 
 ASK = {"plain": ask_plain, "negation": ask_negation, "alternative": ask_alternative,
@@ -264,7 +264,8 @@ SLIPS = {"negation_as_wish": 0.6, "price_dropped": 0.55, "brand_misplaced": 0.45
 def misread_query(pair: Pair, siblings: dict[str, list[str]], rng: random.Random) -> StepTruth:
     "Step 1 as the annotator reads it."
     truth, wishes = pair.truth, list(pair.truth.wishes)
-    wishes = [replace(wish, op="is") if wish.op == "not" and rng.random() < SLIPS["negation_as_wish"] else wish for wish in wishes]
+    wishes = [replace(wish, op="is") if wish.op == "not" and rng.random() < SLIPS["negation_as_wish"] else wish
+              for wish in wishes]
     if rng.random() < SLIPS["price_dropped"]: wishes = [wish for wish in wishes if wish.op != "below"]
     category = truth.query_category
     if pair.query_type in ("knowledge", "alternative") and siblings.get(category) and rng.random() < SLIPS["brand_misplaced"]:
@@ -274,8 +275,10 @@ def misread_query(pair: Pair, siblings: dict[str, list[str]], rng: random.Random
 def miss_values(pair: Pair, steps: StepTruth, rng: random.Random) -> StepTruth:
     "Step 2: values said in other words are missed more often than those in plain ones."
     words = f" {pair.item} "
-    rate = {name: SLIPS["value_missed" if f" {value} " in words else "synonym_missed"] for name, value in steps.values.items()}
-    kept = {wish.name: "unknown" if rng.random() < rate[wish.name] else steps.values[wish.name] for wish in steps.wishes}
+    rate = {name: SLIPS["value_missed" if f" {value} " in words else "synonym_missed"]
+            for name, value in steps.values.items()}
+    kept = {wish.name: "unknown" if rng.random() < rate[wish.name] else steps.values[wish.name]
+            for wish in steps.wishes}
     return replace(steps, values=kept)
 
 # %% ../nbs/02_pairs.ipynb #c039
@@ -315,6 +318,7 @@ class Data:
     sft: list[Pair]
     chains: list[StepTruth]  # one for each SFT pair
     rl: list[Pair]
+    valid: list[Pair]        # held out of training, for choosing settings; shares items and queries with it
     wild: list[Pair]
     balanced: list[Pair]
 
@@ -326,30 +330,33 @@ def make_data(
     seed: int = 0,
 ) -> Data:
     "Split items and queries, draw all pairs, let the annotator write its chains."
-    sides = {side: Shelves(catalog, [p for p in catalog.products if split_of(p.id, seed) == side]) for side in ("train", "test")}
-    rng = random.Random(seed)
-    train = build_pairs(sides["train"], sft_pairs + rl_pairs, UNIFORM_TYPES, "train", rng, balanced=True, seed=seed)
+    sides = {side: Shelves(catalog, [item for item in catalog.products if split_of(item.id, seed) == side])
+             for side in ("train", "test")}
+    rng, size = random.Random(seed), sft_pairs + rl_pairs + test_pairs // 4
+    train = build_pairs(sides["train"], size, UNIFORM_TYPES, "train", rng, balanced=True, seed=seed)
     rng.shuffle(train)
     wild = build_pairs(sides["test"], test_pairs, WILD_TYPES, "test", rng, seed=seed)
     balanced = build_pairs(sides["test"], test_pairs, UNIFORM_TYPES, "test", rng, balanced=True, seed=seed)
     sft = train[:sft_pairs]
-    return Data(sft, annotate_all(sft, catalog, seed), train[sft_pairs:], wild, balanced)
+    rl, valid = train[sft_pairs:sft_pairs + rl_pairs], train[sft_pairs + rl_pairs:]
+    return Data(sft, annotate_all(sft, catalog, seed), rl, valid, wild, balanced)
 
 # %% ../nbs/02_pairs.ipynb #c048
 def leaks(
     data: Data,
-) -> dict[str, int]:  # what is shared between training and tests: items, queries, pairs
-    "Count what training and tests share; every count must be 0 (pairs: also between SFT and RL)."
-    train, test = data.sft + data.rl, data.wild + data.balanced
+) -> dict[str, int]:  # what is shared: items, queries, pairs
+    "Count what training and tests share; every count must be 0, also that of pairs shared between SFT, RL and the held-out ones."
+    train, test = data.sft + data.rl + data.valid, data.wild + data.balanced
     shared = {name: len({getattr(pair, name) for pair in train} & {getattr(pair, name) for pair in test})
               for name in ("item_id", "query", "id")}
-    return shared | {"sft_rl": len({pair.id for pair in data.sft} & {pair.id for pair in data.rl})}
+    parts = [{pair.id for pair in part} for part in (data.sft, data.rl, data.valid)]
+    return shared | {"within_training": sum(map(len, parts)) - len(set.union(*parts))}
 
 # %% ../nbs/02_pairs.ipynb #c051
 def save_data(
     data: Data,
     folder: str | Path,
-) -> Path:               # the folder, with sft, chains, rl, wild and balanced .jsonl
+) -> Path:               # the folder, with one .jsonl for each field of `Data`
     "Write all parts of the data, one JSON object a line."
     for part in fields(data):
         rows = (json.dumps(row.to_dict(), ensure_ascii=False) for row in getattr(data, part.name))

@@ -32,7 +32,8 @@ def generate(
     seed: int = 0,               # of the sampling
 ) -> list[list[list[int]]]:      # ids, by prompt and response
     "Sample responses with transformers (temperature 0.99 in the paper's training; greedy in our tests)."
-    if group > 1 and temperature <= 0: raise BookError(f"a group of {group} greedy responses is one response; set temperature > 0.")
+    if group > 1 and temperature <= 0:
+        raise BookError(f"a group of {group} greedy responses is one response; set temperature > 0.")
     torch.manual_seed(seed)
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

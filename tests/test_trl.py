@@ -60,7 +60,8 @@ def test_trl_still_takes_an_advantage_for_every_token(policy, words, tmp_path, l
     batch["advantages"] = torch.linspace(-1, 1, len(batch["advantages"]))
     ids, seen = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
     length = batch["completion_ids"].shape[1]
-    batch["old_per_token_logps"] = 0.1 + run._get_per_token_logps_and_entropies(run.model, ids, seen, length)[0].detach()
+    said = run._get_per_token_logps_and_entropies(run.model, ids, seen, length)[0]
+    batch["old_per_token_logps"] = said.detach() + 0.1
     run.current_gradient_accumulation_steps = 1
     found = []
     for wide in (False, True):
@@ -226,13 +227,13 @@ def test_tiers_alone_are_enough_truth(policy, words, tmp_path):
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory):
-    "Five steps on twelve responses in groups of four: at once, and six in each of two processes; a group straddles."
+    "Five steps on twelve responses in groups of four: in one process, and six in each of two; a group straddles."
     out = tmp_path_factory.mktemp("processes")
     script, root = Path(__file__).parent / "two_processes.py", Path(__file__).parent.parent
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(script), str(out)], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-                          capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run([*launch, str(script), str(out)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     run_told(out, "one", 12, 12)
     return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
@@ -248,7 +249,8 @@ def test_groups_that_straddle_two_processes_have_the_advantages_of_one(together,
         assert parts[0]["row"] + parts[1]["row"] == whole["row"] and parts[0]["row"][-1] == parts[1]["row"][0]
         place = 0
         for part in parts:
-            for ids, mask, made in zip(part["completion_ids"], part["completion_mask"], part["advantages"], strict=True):
+            of_part = (part[name] for name in ("completion_ids", "completion_mask", "advantages"))
+            for ids, mask, made in zip(*of_part, strict=True):
                 length = int(mask.sum())
                 assert ids[:length].tolist() == whole["completion_ids"][place][:length].tolist()
                 torch.testing.assert_close(made[:length], whole["advantages"][place][:length], atol=1e-6, rtol=0)
@@ -276,7 +278,8 @@ TRACED = ("loss", "grad_norm", "entropy", "advantage_std")
 
 def trajectory(words, folder, **changes):
     "Six SRPO steps, two on each of three generation batches; what is said is given, so that no draw can differ."
-    run = trainer(Told, fresh(new_model(words, 32, 1, 2), words), words, settings(folder, 6, num_iterations=2, **changes))
+    config = settings(folder, 6, num_iterations=2, **changes)
+    run = trainer(Told, new_model(words, 32, 1, 2), words, config)
     run.script = scripts(words)
     run.train()
     return [{name: row[name] for name in TRACED if name in row} for row in rows(run)]

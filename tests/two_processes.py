@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import torch
-from small import Kept, Told, fresh, rows, scripts, settings, tokenizer, trainer, weights
+from small import Kept, Told, rows, scripts, settings, tokenizer, trainer, weights
 
 from she_nb.models import new_model
 
@@ -16,7 +16,7 @@ def run(out, name, each, micro, credit="srpo_return"):
     words = tokenizer()
     config = settings(out / name, 5, per_device_train_batch_size=micro, gradient_accumulation_steps=each // micro,
                       optim="sgd", lr=0.5)
-    told = trainer(ToldAndKept, fresh(new_model(words, 32, 1, 2), words), words, config, credit)
+    told = trainer(ToldAndKept, new_model(words, 32, 1, 2), words, config, credit)
     told.script = scripts(words)
     told.train()
     kept = [{name: batch[name] for name in ("completion_ids", "completion_mask", "advantages")} | {
