@@ -204,6 +204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'she_nb.figures.table_block': ('figures.html#table_block', 'she_nb/figures.py'),
                                 'she_nb.figures.text_block': ('figures.html#text_block', 'she_nb/figures.py'),
                                 'she_nb.figures.tier_f1_figure': ('figures.html#tier_f1_figure', 'she_nb/figures.py'),
+                                'she_nb.figures.tuning_table': ('figures.html#tuning_table', 'she_nb/figures.py'),
                                 'she_nb.figures.type_f1_figure': ('figures.html#type_f1_figure', 'she_nb/figures.py')},
             'she_nb.models': { 'she_nb.models.corpus': ('models.html#corpus', 'she_nb/models.py'),
                                'she_nb.models.load_policy': ('models.html#load_policy', 'she_nb/models.py'),

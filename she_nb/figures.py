@@ -9,8 +9,8 @@ __all__ = ['ARMS', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 'EXAMPLE
            'example_group', 'example_samples', 'example_records', 'arms_figure', 'tier_f1_figure', 'type_f1_figure',
            'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table',
            'cost_figure', 'percent', 'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block', 'escape',
-           'table_block', 'figure_block', 'metrics_table', 'claims_table', 'curve_notes', 'byline', 'run_facts',
-           'parameter_table', 'samples_of', 'chains_block', 'page_parts', 'render_report']
+           'table_block', 'figure_block', 'metrics_table', 'tuning_table', 'claims_table', 'curve_notes', 'byline',
+           'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts', 'render_report']
 
 # %% ../nbs/13_figures.ipynb #043e52d9
 import base64
@@ -462,9 +462,8 @@ def credit_figure(
 def credit_of(
     record: dict,  # of a training run
 ) -> str:          # a key of `she_nb.advantage.CREDIT`
-    "The credit rule of an arm: its parameter `credit`, else its name; a plain srpo is the return reading."
-    named = record["parameters"].get("credit", record["arm"])
-    return named if named in CREDIT else "srpo_return"
+    "The credit rule of an arm: its name, or for a plain srpo the reading that its record names."
+    return record["arm"] if record["arm"] in CREDIT else f"srpo_{record['parameters'].get('reading', 'return')}"
 
 # %% ../nbs/13_figures.ipynb #18cfd8d1
 def credit_said(
@@ -651,6 +650,19 @@ def metrics_table(
         mine = table[table["arm"] == arm].set_index("metric").reindex(list(names))
         rows.append([arm_look(arm)[0], *(percent(row) for _, row in mine.iterrows())])
     return pd.DataFrame(rows, columns=["Arm", *names.values()])
+
+# %% ../nbs/13_figures.ipynb #7f4fab02
+def tuning_table(
+    records: Iterable[dict],  # run records; those of the stage tune count
+) -> pd.DataFrame:            # one row for each arm and learning rate, in percent; empty where nothing was searched
+    "What each learning rate reached on held-out pairs of the training side."
+    found = {}
+    for record in (r for r in records if r["stage"] == "tune"):
+        for name, value in record["metrics"].items():
+            metric, _, rate = name.partition("@")
+            found.setdefault((arm_look(record["arm"])[0], float(rate)), {})[metric.partition("/")[2]] = f"{value:.1%}"
+    rows = [{"Arm": arm, "Learning rate": f"{rate:g}", **row} for (arm, rate), row in sorted(found.items())]
+    return pd.DataFrame(rows).rename(columns={**TABLE_METRICS})
 
 # %% ../nbs/13_figures.ipynb #6b42bc5a
 def claims_table(
