@@ -325,10 +325,10 @@ def snakemake(
 
 # %% ../nbs/14b_cli.ipynb #2f3847fc
 def _last_line(path):
-    "The newest line of a log, or nothing."
+    "The newest line of a log that tells a step, or nothing."
     try: lines = path.read_bytes()[-2000:].decode(errors="replace").replace("\r", "\n").split("\n")
     except OSError: return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")[:90]
+    return next((line.strip() for line in reversed(lines) if line.startswith("step ")), "")[:90]
 
 # %% ../nbs/14b_cli.ipynb #0e3e380f
 class Progress:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from .advantage import advantage, to_tokens
@@ -69,6 +69,7 @@ def run_training(
     out: str | Path,        # folder of checkpoints
 ) -> list[dict]:            # one row for each logged step
     "Train, or continue from the last whole checkpoint in `out`."
+    trainer.remove_callback(PrinterCallback)  # Progress says less, and says it better
     last = last_checkpoint(out)
     if last: print(f"continuing from {last.name}", flush=True)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
