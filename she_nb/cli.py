@@ -34,6 +34,7 @@ from she_nb.book import (
     digest,
     load_settings,
     parameters_of,
+    presets,
     read_record,
     root,
     run_key,
@@ -405,7 +406,11 @@ def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, f
     "`she-nb book` and `she-nb ablations` (ours)."
     if args.cores < 1: raise BookError(f"--cores = {args.cores} is less than one; give a number of cores.")
     overrides, studies = dict(args.p), args.command == "ablations"
-    name = args.name or (args.preset if studies else "")
+    if bad := sorted({"preset", "name", "catalog", "work", "reports", "studies"} & set(overrides)):
+        raise BookError(f"-p {bad[0]} is no setting; the settings are {', '.join(KINDS)}.")
+    if args.name and not studies and args.name in presets():
+        raise BookError(f"--name {args.name} is where the studies keep their records; choose another name.")
+    name = args.name or (args.preset + (f"-{Path(args.catalog).stem}" if args.catalog else "") if studies else "")
     book = open_book(args.preset, name, args.catalog, studies, args.work, args.reports, **overrides)
     runs = plan(book)
     todo = runs if args.force else pending(book, runs)
@@ -436,7 +441,8 @@ def stage_command(args) -> None:  # args: stage, params_file, output, log, p
     "`she-nb stage` (ours)."
     if "SHE_NB_WATCH" in os.environ: watch_parent()
     given = json.loads(Path(args.params_file).read_text()) if args.params_file else {"arguments": {}, "threads": 1}
-    arguments = given["arguments"] | {name: _literal(text) for name, text in args.p}
+    known = declared(stage_notebook(args.stage))
+    arguments = given["arguments"] | {name: text if isinstance(known.get(name), str) else _literal(text) for name, text in args.p}
     output = Path(args.output or root() / "work" / "alone" / f"{args.stage}.ipynb")
     log = Path(args.log or output.with_suffix(".log"))
     try:

@@ -314,11 +314,11 @@ CURVES = {  # metric -> title, unit, what it is, what a bad value looks like
 
 # %% ../nbs/13_figures.ipynb #20302b14
 CURVES |= {
-    "advantage_std": ("Advantage scale", "std", "spread of the advantages over tokens",
+    "advantage_std": ("Advantage scale", "std", "spread of the advantages over responses and steps",
                       "near 0: groups agree, nothing pulls; growing: late steps dominate"),
-    "advantage_mean": ("Advantage mean", "", "mean of the advantages over tokens",
+    "advantage_mean": ("Advantage mean", "", "mean of the advantages over responses and steps",
                        "far from 0: a bias that rewards or punishes length"),
-    "zero_std_groups": ("Unanimous groups", "share", "groups whose responses all earn the same",
+    "zero_std_groups": ("Unanimous groups", "share", "groups with all tiers right or all wrong, mute to GRPO",
                         "near 1: the prompts are too easy or too hard to teach"),
     "completion_length": ("Length", "tokens", "tokens of a response, mean of the batch",
                           "drifting to the limit or to nothing"),
@@ -335,7 +335,7 @@ CURVES |= {
     "mean_token_accuracy": ("Token accuracy", "share", "next tokens guessed right in tuning", "no rise after warm-up"),
     "num_tokens": ("Tokens", "", "tokens read since training began", "nothing bad: a clock"),
     "epoch": ("Epoch", "", "passes over the data", "many in fine-tuning: it learns by heart"),
-    "step_time": ("Step time", "s", "wall time of a step as the trainer measures it", "growing")}
+    "step_seconds": ("Step time", "s", "wall time of a step as the trainer measures it", "growing")}
 PANELS = ("reward", "final_accuracy", "all_steps", *(f"step_accuracy_{k}" for k in range(1, 6)), "entropy",
           "advantage_std", "completion_length", "zero_std_groups")
 

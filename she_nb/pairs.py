@@ -12,6 +12,7 @@ __all__ = ['BANDS', 'ASK', 'CANDIDATES', 'TEST_SHARE', 'UNIFORM_TYPES', 'WILD_TY
 # %% ../nbs/02_pairs.ipynb #c002
 import json
 import random
+import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -197,7 +198,7 @@ def true_steps(
 TEST_SHARE = 0.3  # of items, and of query phrases (ours)
 
 def split_of(
-    text: str,   # an item's id or a query
+    text: str,   # an item's text or a query
     seed: int = 0,
 ) -> str:        # "train" or "test"
     "Which side a text stands on, for ever."
@@ -227,7 +228,7 @@ def draw_pair(
     return Pair(key, request.query, item.text, query_type, kind, item.id, truth)
 
 # %% ../nbs/02_pairs.ipynb #c033
-PATIENCE = 1000  # draws in vain after which quotas are lifted; after twenty times as many, the catalogue is exhausted (ours)
+PATIENCE = 1000  # draws in vain after which a quota is lifted; after twenty times as many, the catalogue is exhausted (ours)
 
 def build_pairs(
     shelves: Shelves,
@@ -239,18 +240,19 @@ def build_pairs(
     seed: int = 0,            # of the split
 ) -> list[Pair]:              # distinct pairs
     "Draw distinct pairs; a catalogue that cannot give them raises `BookError`."
-    quota = -(-size // (len(types) * 4)) if balanced else size
-    found, cells, misses = {}, Counter(), 0
+    kinds, tiers = (len(types), 4 * len(types)) if balanced else (1, 1)
+    of_kind, of_cell = -(-size // kinds), -(-size // tiers)  # quotas of a query type, and of a type and tier
+    found, counts, misses = {}, Counter(), 0
     while len(found) < size and misses < 20 * PATIENCE:
-        if misses >= PATIENCE: quota = size  # the cells that are left are too rare
+        if misses >= PATIENCE: of_cell = of_kind  # the tiers that are left are too rare
+        if misses >= 2 * PATIENCE: of_kind = of_cell = size  # a query type is
         misses += 1
         pair = draw_pair(shelves, types, split, rng, seed)
         if pair is None or pair.id in found: continue
-        cell = (pair.query_type, pair.truth.tier) if balanced else "all"
-        if cells[cell] >= quota: continue
-        found[pair.id] = pair
-        cells[cell] += 1
-        misses = 0
+        kind, cell = (pair.query_type, (pair.query_type, pair.truth.tier)) if balanced else ("all", "any")
+        if counts[kind] >= of_kind or counts[cell] >= of_cell: continue
+        found[pair.id], misses = pair, 0
+        counts.update([kind, cell])
     if len(found) < size:
         raise BookError(f"{shelves.catalog.name}: only {len(found)} of {size} distinct {split} pairs can be built; "
                         "add products or attributes, or ask for fewer pairs.")
@@ -274,8 +276,8 @@ def misread_query(pair: Pair, siblings: dict[str, list[str]], rng: random.Random
 
 def miss_values(pair: Pair, steps: StepTruth, rng: random.Random) -> StepTruth:
     "Step 2: values said in other words are missed more often than those in plain ones."
-    words = f" {pair.item} "
-    rate = {name: SLIPS["value_missed" if f" {value} " in words else "synonym_missed"]
+    plain = lambda text: f" {re.sub(r'[^a-z0-9]+', ' ', text)} "  # noqa: E731
+    rate = {name: SLIPS["value_missed" if plain(value) in plain(pair.item) else "synonym_missed"]
             for name, value in steps.values.items()}
     kept = {wish.name: "unknown" if rng.random() < rate[wish.name] else steps.values[wish.name]
             for wish in steps.wishes}
@@ -330,7 +332,7 @@ def make_data(
     seed: int = 0,
 ) -> Data:
     "Split items and queries, draw all pairs, let the annotator write its chains."
-    sides = {side: Shelves(catalog, [item for item in catalog.products if split_of(item.id, seed) == side])
+    sides = {side: Shelves(catalog, [item for item in catalog.products if split_of(item.text, seed) == side])
              for side in ("train", "test")}
     rng, size = random.Random(seed), sft_pairs + rl_pairs + test_pairs // 4
     train = build_pairs(sides["train"], size, UNIFORM_TYPES, "train", rng, balanced=True, seed=seed)
@@ -344,11 +346,11 @@ def make_data(
 # %% ../nbs/02_pairs.ipynb #c048
 def leaks(
     data: Data,
-) -> dict[str, int]:  # what is shared: items, queries, pairs
+) -> dict[str, int]:  # what is shared: item texts, items, queries, pairs
     "Count what training and tests share; every count must be 0, also that of pairs shared between SFT, RL and the held-out ones."
     train, test = data.sft + data.rl + data.valid, data.wild + data.balanced
     shared = {name: len({getattr(pair, name) for pair in train} & {getattr(pair, name) for pair in test})
-              for name in ("item_id", "query", "id")}
+              for name in ("item", "item_id", "query", "id")}
     parts = [{pair.id for pair in part} for part in (data.sft, data.rl, data.valid)]
     return shared | {"within_training": sum(map(len, parts)) - len(set.union(*parts))}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'SHOWN', 'RENAMED', 'Progress', 'last_checkpoint', 'run_training', 'sft_dataset', 'train_sft',
-           'outcome_reward', 'rl_dataset', 'step_metrics', 'EpochSampler', 'StepGRPOTrainer', 'rl_config', 'train_rl',
-           'curve_rows']
+           'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'EpochSampler', 'StepGRPOTrainer',
+           'rl_config', 'train_rl', 'curve_rows']
 
 # %% ../nbs/11_trainers.ipynb #c002
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -129,6 +130,20 @@ def step_metrics(
     return numbers | {"final_accuracy": numbers["step_accuracy_5"], "all_steps": known.prod(-1).mean().item(),
                       "well_formed": formed.float().mean().item()}
 
+# %% ../nbs/11_trainers.ipynb #1b8941a8
+def read_responses(
+    ids: list[list[int]],      # sampled token ids of each response
+    truths: list[StepTruth],   # of each response's pair
+    table: list[bytes],        # from `token_bytes`
+    order: str,                # a key of ORDERS
+) -> tuple[Tensor, Tensor, Tensor]:  # scores (responses, 5), well-formed (responses,), step of each token (responses, tokens)
+    "What a batch of responses says, what of it is right, and which token said it."
+    parsed = [parse(response_text(one, table), order) for one in ids]
+    scores = [score(said, truth, order) for said, truth in zip(parsed, truths, strict=True)]
+    places = [torch.tensor(step_ids(one, table, order), dtype=torch.long) for one in ids]
+    formed = torch.tensor([float(not said.malformed) for said in parsed])
+    return torch.tensor(scores, dtype=torch.float32), formed, pad_sequence(places, batch_first=True)
+
 # %% ../nbs/11_trainers.ipynb #fb8e1cde
 class EpochSampler(Sampler):
     "TRL's RepeatSampler, in an order that seed and epoch alone decide (ours)."
@@ -163,14 +178,11 @@ class StepGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         "Score every step, keep the scores of all processes, and give TRL the outcome, (all responses, 1)."
-        start, device = time.perf_counter(), self.accelerator.device
-        parsed = [parse(response_text(ids, self.table), self.order) for ids in completion_ids_list]
-        scores = [score(said, self.truths[row["row"]], self.order) for said, row in zip(parsed, inputs, strict=True)]
-        formed = [float(not said.malformed) for said in parsed]
-        self._token_steps = [torch.tensor(step_ids(ids, self.table, self.order)) for ids in completion_ids_list]
+        start, truths = time.perf_counter(), [self.truths[row["row"]] for row in inputs]
+        scores, formed, self._places = read_responses(completion_ids_list, truths, self.table, self.order)
         self.score_seconds = time.perf_counter() - start
-        self._scores = self.accelerator.gather(torch.tensor(scores, dtype=torch.float32, device=device))
-        self._formed = self.accelerator.gather(torch.tensor(formed, device=device))
+        local = (scores.to(self.accelerator.device), formed.to(self.accelerator.device))
+        self._scores, self._formed = map(self.accelerator.gather, local)
         return self._scores[:, 4:5].clone()
 
     def _generate_and_score_completions(self, inputs):
@@ -182,10 +194,8 @@ class StepGRPOTrainer(GRPOTrainer):
         columns = list(ORDERS[self.order])
         grouped = self._scores[:, columns].view(-1, group, len(columns))
         steps = advantage(grouped, self.credit, self.gamma, outcome=columns.index(4)).flatten(0, 1)
-        first = self.accelerator.process_index * len(inputs)
-        mask = output["completion_mask"]
-        places = pad_sequence(self._token_steps, batch_first=True).to(mask.device)
-        places = torch.nn.functional.pad(places, (0, mask.shape[1] - places.shape[1]))
+        first, mask = self.accelerator.process_index * len(inputs), output["completion_mask"]
+        places = pad(self._places, (0, mask.shape[1] - self._places.shape[1])).to(mask.device)
         output["advantages"] = to_tokens(steps[first:first + len(inputs)], places) * mask
         numbers = step_metrics(self._scores, self._formed) | {
             "advantage_mean": steps.mean().item(), "advantage_std": steps.std().item(),
