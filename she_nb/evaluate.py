@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'COLUMNS', 'ALLOWED', 'TIER_METRICS', 'STEP_METRICS', 'OUTCOME', 'TYPE_METRICS', 'RECORD_FIELDS',
-           'RENAMED', 'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS', 'CLAIM_RIVALS', 'check_predictions',
-           'confusion', 'kappa', 'tier_metrics', 'outcomes', 'step_metrics', 'metrics', 'bootstrap', 'Interval',
-           'seed_interval', 'paired_difference', 'read_records', 'pick', 'read_table', 'curves', 'by_seed', 'summary',
-           'verdict', 'claims']
+           'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS', 'CLAIM_RIVALS', 'check_predictions', 'confusion',
+           'kappa', 'tier_metrics', 'outcomes', 'step_metrics', 'metrics', 'bootstrap', 'Interval', 'seed_interval',
+           'paired_difference', 'read_records', 'pick', 'read_table', 'curves', 'by_seed', 'summary', 'verdict',
+           'claims']
 
 # %% ../nbs/12_evaluate.ipynb #e99343a5
 import json
@@ -76,7 +76,7 @@ def kappa(
 def tier_metrics(
     counts: np.ndarray,       # confusion counts, shape (..., 4, 5); leading dimensions are resamples
 ) -> dict[str, np.ndarray]:   # the metrics of `TIER_METRICS`, each of shape (...); NaN where undefined
-    "F1 by tier, macro F1, accuracy, Good F1 and quadratic weighted kappa from confusion counts (PAPER.md, section 1)."
+    "F1 by tier, macro F1, accuracy, Good F1 and quadratic weighted kappa from confusion counts (the paper's metrics, and QWK)."
     right, true, given = counts[..., range(4), range(1, 5)], counts.sum(-1), counts[..., 1:].sum(-2)
     f1 = np.where(true > 0, _ratio(2 * right, true + given), np.nan)
     good = 2 * counts[..., 2:, 3:].sum((-1, -2)), counts[..., 2:, :].sum((-1, -2)) + counts[..., 3:].sum((-1, -2))
@@ -235,16 +235,13 @@ def read_table(
         raise BookError(f"{path}: not a readable table ({error}); run the stage again") from error
 
 # %% ../nbs/12_evaluate.ipynb #cbcebfa9
-RENAMED = {"completions/mean_length": "completion_length", "frac_reward_zero_std": "zero_std_groups"}  # TRL's -> ours
-
-
 def curves(
     records: Iterable[dict],  # records read by `read_records`
     stage: str = "train",     # whose metrics.csv to read
 ) -> pd.DataFrame:            # columns arm, seed, step and the logged metrics; empty where no run logged any
     "Learning curves of every arm and seed, one row a logged step."
     tables = [(r, read_table(r, "metrics.csv")) for r in pick(records, stage)]
-    tables = [t.rename(columns=RENAMED).assign(arm=r["arm"], seed=r["seed"]) for r, t in tables if len(t)]
+    tables = [t.assign(arm=r["arm"], seed=r["seed"]) for r, t in tables if len(t)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["arm", "seed", "step"])
 
 # %% ../nbs/12_evaluate.ipynb #bc263c94
@@ -264,7 +261,7 @@ SUMMARY_COLUMNS = ("arm", "metric", "seeds", "mean", "std", "ci_low", "ci_high")
 def summary(
     records: Iterable[dict],  # run records; those of the stage evaluate count
 ) -> pd.DataFrame:            # one row for each arm and metric, columns `SUMMARY_COLUMNS`
-    "Mean and 95 % interval of every metric of every arm (DESIGN, section 4)."
+    "Mean and 95 % interval of every metric of every arm (ours)."
     rows, runs = [], pick(records, "evaluate")
     for arm in dict.fromkeys(r["arm"] for r in runs):
         names = dict.fromkeys(n for r in pick(runs, "evaluate", arm) for n in r["metrics"])
@@ -294,7 +291,7 @@ def verdict(
 def claims(
     records: Iterable[dict],  # run records; those of the stage evaluate count
 ) -> pd.DataFrame:            # one row for each claim and metric, columns `CLAIM_COLUMNS`; none without a shared seed
-    "Test that each reading of SRPO beats SFT and GRPO (PAPER.md, section 1), paired over seeds."
+    "Test that each reading of SRPO beats SFT and GRPO (TaoSR-SHE, arXiv 2510.07972), paired over seeds."
     records, rows = list(records), []
     readings = sorted({r["arm"] for r in pick(records, "evaluate") if r["arm"].startswith("srpo")})
     for arm in readings:

@@ -8,7 +8,7 @@ from conftest import ROOT, Desk
 
 from she_nb.evaluate import read_records
 
-BOOK = "book", "--preset", "micro"
+BOOK = "book", "--preset", "micro", "-p", "rl_steps", "12"
 STAGES = [ROOT / "nbs/stages" / f"{stage}.ipynb" for stage in ("data", "sft", "train", "evaluate", "report")]
 pytestmark = pytest.mark.skipif(not all(map(os.path.exists, STAGES)), reason="the stage notebooks are not here")
 
@@ -22,10 +22,10 @@ def numbers(desk):
             for key, record in records(desk).items() if record["stage"] != "report"}
 
 
-def wait_for(path, process, seconds=400):
+def wait_for(line, path, process, seconds=400):
     until = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < until, f"{path} did not appear"
+    while not path.exists() or line not in path.read_text(errors="replace"):
+        assert process.poll() is None and time.monotonic() < until, f"{path} never said: {line}"
         time.sleep(.05)
 
 
@@ -33,9 +33,8 @@ def test_killed_in_training_ends_with_the_same_numbers(tmp_path):
     killed, whole = (tmp_path / name for name in ("killed", "whole"))
     for folder in (killed, whole): folder.mkdir()
     killed, whole = Desk(killed), Desk(whole)
-    process = killed.start(*BOOK)
-    wait_for(killed.work / "book/logs/train-srpo-s0.log", process)
-    time.sleep(3)  # into the training's imports and first steps
+    process, log = killed.start(*BOOK), killed.work / "book/logs/train-srpo-s0.log"
+    wait_for("step 5 of 12", log, process)  # behind the first checkpoint
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     finished = {key: record["seconds"] for key, record in records(killed).items()}
@@ -43,6 +42,8 @@ def test_killed_in_training_ends_with_the_same_numbers(tmp_path):
     for desk in (killed, whole):
         said = desk.run(*BOOK)
         assert said.returncode == 0, said.stderr
+    assert "continuing from checkpoint-" in log.read_text()
+    assert "continuing" not in (whole.work / "book/logs/train-srpo-s0.log").read_text()
     again = {key: record["seconds"] for key, record in records(killed).items()}
     assert {key: again[key] for key in finished} == finished  # no finished stage was repeated
     assert numbers(killed) == numbers(whole)
