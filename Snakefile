@@ -24,6 +24,6 @@ for run in todo:
         input: what["input"]
         output: what["output"]
         threads: run.threads
-        priority: 10 if run.stage == "train" else 0
+        priority: {"tune": 20, "train": 10}.get(run.stage, 0)
         params: command=what["command"]
         shell: "exec {params.command}"
