@@ -232,6 +232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'she_nb.pairs.make_data': ('pairs.html#make_data', 'she_nb/pairs.py'),
                               'she_nb.pairs.misread_query': ('pairs.html#misread_query', 'she_nb/pairs.py'),
                               'she_nb.pairs.miss_values': ('pairs.html#miss_values', 'she_nb/pairs.py'),
+                              'she_nb.pairs.named': ('pairs.html#named', 'she_nb/pairs.py'),
                               'she_nb.pairs.save_data': ('pairs.html#save_data', 'she_nb/pairs.py'),
                               'she_nb.pairs.some_wishes': ('pairs.html#some_wishes', 'she_nb/pairs.py'),
                               'she_nb.pairs.split_of': ('pairs.html#split_of', 'she_nb/pairs.py'),

@@ -65,9 +65,9 @@ class Wish:
 @dataclass(frozen=True)
 class StepTruth:
     "What each step should say; a field that is `None` is not known and is never rewarded or punished."
-    query_category: str | None = None            # step 1: the category asked for, a leaf name
+    query_category: str | None = None            # step 1: the category asked for, department first
     wishes: tuple[Wish, ...] | None = None       # step 1: everything else asked for
-    item_category: str | None = None             # step 2: the item's category, a leaf name
+    item_category: str | None = None             # step 2: the item's category, likewise
     values: dict[str, str] | None = None         # step 2: wished name -> the item's value, or "unknown"
     relation: str | None = None                  # step 3: one of RELATIONS
     attributes: dict[str, str] | None = None     # step 4: wished name -> one of VERDICTS
@@ -113,8 +113,8 @@ class Pair:
 RULES = {
     "brief": "4=match 3=unknown 2=contradicted,related 1=else",
     "full": """You judge how well an item answers a shop query. Answer in five tagged steps, one line each:
-<query> the category asked for ; then each wish as name value, name not value, or price below band
-<item> the item's category ; then the item's value for each wish, or unknown
+<query> the category asked for, department first ; then each wish as name value, name not value, or price below band
+<item> the item's category, department first ; then the item's value for each wish, or unknown
 <category> same, related or unrelated
 <attributes> each wish's name with match, contradicted or unknown
 <tier> 4, 3, 2 or 1
