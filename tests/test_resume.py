@@ -8,7 +8,7 @@ from conftest import ROOT, Desk
 
 from she_nb.evaluate import read_records
 
-BOOK = "book", "--preset", "micro", "-p", "rl_steps", "12"
+BOOK = "book", "--preset", "micro", "-p", "rl_steps", "12", "-p", "arms", "srpo"
 STAGES = [ROOT / "nbs/stages" / f"{stage}.ipynb" for stage in ("data", "sft", "train", "evaluate", "report")]
 pytestmark = pytest.mark.skipif(not all(map(os.path.exists, STAGES)), reason="the stage notebooks are not here")
 
