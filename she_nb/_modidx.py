@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'she_nb/trainers.py'),
                                  'she_nb.trainers.StepGRPOTrainer._get_train_sampler': ( 'trainers.html#stepgrpotrainer._get_train_sampler',
                                                                                          'she_nb/trainers.py'),
+                                 'she_nb.trainers.credit_steps': ('trainers.html#credit_steps', 'she_nb/trainers.py'),
                                  'she_nb.trainers.curve_rows': ('trainers.html#curve_rows', 'she_nb/trainers.py'),
                                  'she_nb.trainers.last_checkpoint': ('trainers.html#last_checkpoint', 'she_nb/trainers.py'),
                                  'she_nb.trainers.outcome_reward': ('trainers.html#outcome_reward', 'she_nb/trainers.py'),

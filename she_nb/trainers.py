@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'SHOWN', 'RENAMED', 'Progress', 'last_checkpoint', 'run_training', 'sft_dataset', 'train_sft',
-           'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'EpochSampler', 'StepGRPOTrainer',
-           'rl_config', 'train_rl', 'curve_rows']
+           'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'credit_steps', 'EpochSampler',
+           'StepGRPOTrainer', 'rl_config', 'train_rl', 'curve_rows']
 
 # %% ../nbs/11_trainers.ipynb #c002
 import json
@@ -144,6 +144,19 @@ def read_responses(
     formed = torch.tensor([float(not said.malformed) for said in parsed])
     return torch.tensor(scores, dtype=torch.float32), formed, pad_sequence(places, batch_first=True)
 
+# %% ../nbs/11_trainers.ipynb #f616c890
+def credit_steps(
+    scores: Tensor,   # step scores, (responses, 5), canonical order, whole groups one after the other
+    group: int,       # responses for each prompt
+    credit: str,      # a key of CREDIT
+    gamma: float,     # discount per step
+    order: str,       # a key of ORDERS
+) -> Tensor:          # advantages, (responses, steps in the order of generation)
+    "The advantage of every step of a batch of responses."
+    columns = list(ORDERS[order])
+    grouped = scores[:, columns].view(-1, group, len(columns))
+    return advantage(grouped, credit, gamma, outcome=columns.index(4)).flatten(0, 1)
+
 # %% ../nbs/11_trainers.ipynb #fb8e1cde
 class EpochSampler(Sampler):
     "TRL's RepeatSampler, in an order that seed and epoch alone decide (ours)."
@@ -191,9 +204,7 @@ class StepGRPOTrainer(GRPOTrainer):
         start = time.perf_counter()
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
-        columns = list(ORDERS[self.order])
-        grouped = self._scores[:, columns].view(-1, group, len(columns))
-        steps = advantage(grouped, self.credit, self.gamma, outcome=columns.index(4)).flatten(0, 1)
+        steps = credit_steps(self._scores, group, self.credit, self.gamma, self.order)
         first, mask = self.accelerator.process_index * len(inputs), output["completion_mask"]
         places = pad(self._places, (0, mask.shape[1] - self._places.shape[1])).to(mask.device)
         output["advantages"] = to_tokens(steps[first:first + len(inputs)], places) * mask
