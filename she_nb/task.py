@@ -115,7 +115,7 @@ RULES = {
     "full": """You judge how well an item answers a shop query. Answer in five tagged steps, one line each:
 <query> the category asked for, department first ; then each wish as name value, name not value, or price below band
 <item> the item's category, department first ; then the item's value for each wish, or unknown
-<category> same, related or unrelated
+<category> the category asked for and the item's, then same, related or unrelated
 <attributes> each wish's name with match, contradicted or unknown
 <tier> 4, 3, 2 or 1
 Rule: same category and every wish matched is 4; same category and no wish contradicted is 3; same category and a wish
@@ -138,10 +138,11 @@ TAGS = tuple(f"<{step}>" for step in STEPS)
 def step_texts(
     steps: StepTruth,  # what to say; every field of a step must be known
 ) -> tuple[str, ...]:  # the five steps' texts without tags, in canonical order
-    "The words of each step."
+    "The words of each step; the third names what it compares before it says how they relate."
+    compared = [path.rpartition(", ")[2] for path in (steps.query_category, steps.item_category)]
     return (" ; ".join([steps.query_category, *map(str, steps.wishes)]),
             " ; ".join([steps.item_category, *(f"{name} {value}" for name, value in steps.values.items())]),
-            steps.relation,
+            " ".join([*compared, steps.relation]),
             " ; ".join(f"{name} {verdict}" for name, verdict in steps.attributes.items()) or "none",
             str(steps.tier))
 
@@ -218,7 +219,7 @@ def read_step(
     if step == 1:
         values = read_named(parts[1:])
         return None if values is None or not parts[0] else (parts[0], values)
-    if step == 2: return text if text in RELATIONS else None
+    if step == 2: return next((word for word in text.split()[-1:] if word in RELATIONS), None)
     if step == 3:
         verdicts = {} if text == "none" else read_named(parts)
         return verdicts if verdicts is not None and set(verdicts.values()) <= set(VERDICTS) else None
