@@ -77,6 +77,7 @@ class Settings:
     seeds: tuple[int, ...]  # seeds of `she-nb book`
     ablation_seeds: tuple[int, ...]  # seeds of `she-nb ablations`
     eval_batch: int  # prompts decoded at once in evaluation
+    engine: str  # of rollouts and updates: shared, or trl
     threads_sft: int  # threads of fine-tuning
     threads_train: int  # threads of each training arm
 
@@ -86,7 +87,7 @@ LIMITS = {"data_seed": (0, 2**31),
           "sft_lr": (1e-8, 1), "rl_lr": (1e-8, 1), "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10),
           "clip_epsilon": (0.001, 1)}
 CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
-           "reading": ("group", "step", "return")}
+           "reading": ("group", "step", "return"), "engine": ("shared", "trl")}
 KINDS = {f.name: f.type for f in fields(Settings) if f.name != "preset"}
 WORDS = {int: "a whole number", float: "a number", str: "a word",
          tuple[int, ...]: "whole numbers with commas between", tuple[str, ...]: "words with commas between"}

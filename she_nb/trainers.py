@@ -11,6 +11,7 @@ __all__ = ['SHARED', 'SHOWN', 'RENAMED', 'Progress', 'last_checkpoint', 'run_tra
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,12 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from .advantage import advantage, to_tokens
+from .packing import pack_chains
+from .rollout import takes_any_mask
+from .sharing import SharedPromptTrainer
 from .task import ORDERS, STEPS, Pair, StepTruth, parse, prompt, render, response_text, step_ids, token_bytes
 from .verifier import score
 
@@ -97,12 +101,14 @@ def train_sft(
     batch: int = 64,            # pairs a step (ours)
     lr: float = 2e-3,           # peak, after warm-up, then cosine to zero (ours; for about a million parameters)
     seed: int = 0,
+    packed: bool = True,        # chains of a batch share rows, where the model allows
 ) -> list[dict]:                # one row for each step: step, loss, learning_rate, ...
     "Supervised fine-tuning with TRL's SFTTrainer."
     config = SFTConfig(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr,
                        warmup_steps=max(steps // 20, 1), lr_scheduler_type="cosine", weight_decay=0.01, seed=seed,
                        completion_only_loss=True, max_length=None, save_steps=max(steps // 4, 1), **SHARED)
-    trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer,
+    collator = partial(pack_chains, pad_id=tokenizer.pad_token_id) if packed and takes_any_mask(model) else None
+    trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, data_collator=collator,
                          callbacks=[Progress(("loss", "mean_token_accuracy"))])
     return run_training(trainer, out)
 
@@ -171,8 +177,8 @@ class EpochSampler(Sampler):
         return iter(self.sampler)
 
 # %% ../nbs/11_trainers.ipynb #c019
-class StepGRPOTrainer(GRPOTrainer):
-    "TRL's GRPOTrainer with an advantage for every step of a response (TaoSR-SHE, Eq. 6)."
+class StepGRPOTrainer(SharedPromptTrainer):
+    "TRL's GRPOTrainer with an advantage for every step of a response (TaoSR-SHE, Eq. 6), and prompts read once for a group."
     def __init__(
         self,
         *args,
@@ -180,7 +186,7 @@ class StepGRPOTrainer(GRPOTrainer):
         credit: str,                 # a key of CREDIT
         gamma: float = 1.0,          # discount per step
         order: str = "think_first",  # a key of ORDERS
-        **kwargs,                    # GRPOTrainer's own
+        **kwargs,                    # of SharedPromptTrainer and GRPOTrainer
     ):
         super().__init__(*args, reward_funcs=[outcome_reward], **kwargs)
         self.truths, self.credit, self.gamma, self.order = truths, credit, gamma, order
@@ -199,15 +205,15 @@ class StepGRPOTrainer(GRPOTrainer):
         return self._scores[:, 4:5].clone()
 
     def _generate_and_score_completions(self, inputs):
-        "TRL's rollouts and bookkeeping, with step advantages, (responses, tokens), in place of its own."
+        "Rollouts and TRL's bookkeeping, with step advantages, laid out like the response mask, in place of TRL's own."
         output = super()._generate_and_score_completions(inputs)
         start = time.perf_counter()
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
         steps = credit_steps(self._scores, group, self.credit, self.gamma, self.order)
         first, mask = self.accelerator.process_index * len(inputs), output["completion_mask"]
-        places = pad(self._places, (0, mask.shape[1] - self._places.shape[1])).to(mask.device)
-        output["advantages"] = to_tokens(steps[first:first + len(inputs)], places) * mask
+        places = pad(self._places, (0, mask.shape[-1] - self._places.shape[1])).to(mask.device)
+        output["advantages"] = to_tokens(steps[first:first + len(inputs)], places).view(mask.shape) * mask
         numbers = step_metrics(self._scores, self._formed) | {
             "advantage_mean": steps.mean().item(), "advantage_std": steps.std().item(),
             "score_seconds": self.score_seconds + time.perf_counter() - start}
@@ -251,10 +257,12 @@ def train_rl(
     gamma: float = 1.0,
     rule: str = "brief",
     order: str = "think_first",
+    engine: str = "shared",             # "shared": each prompt once for its group; "trl": TRL's own rollout and update
 ) -> tuple[StepGRPOTrainer, list[dict]]:  # the trainer, and one row for each step
     "GRPO, SRPO or any other registered credit rule: the arms differ in `credit` and `gamma` alone."
     trainer = StepGRPOTrainer(model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer,
                               truths=[pair.truth for pair in pairs], credit=credit, gamma=gamma, order=order,
+                              shared_rollout=engine == "shared", packed_update=engine == "shared",
                               callbacks=[Progress(SHOWN)])
     return trainer, run_training(trainer, config.output_dir)
 

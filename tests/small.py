@@ -7,6 +7,7 @@ from transformers import set_seed
 from trl import GRPOConfig
 
 from she_nb.models import corpus, new_model, train_tokenizer
+from she_nb.sharing import as_rows
 from she_nb.task import Pair, StepTruth, Wish, render, tier_of
 from she_nb.trainers import StepGRPOTrainer, rl_config, rl_dataset, sft_dataset, train_sft
 
@@ -93,7 +94,8 @@ class Kept(StepGRPOTrainer):
     "Remembers every generation batch."
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        kept = {name: value.clone() for name, value in output.items()}  # TRL shuffles what it was given
+        made = as_rows(output) if output["completion_ids"].dim() == 3 else output
+        kept = {name: value.clone() for name, value in made.items()}  # TRL shuffles what it was given
         self.__dict__.setdefault("batches", []).append((inputs, kept))
         return output
 
