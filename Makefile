@@ -24,8 +24,9 @@ ablations: .venv/.book
 	@exec $(BIN)/she-nb ablations $(FLAGS)
 
 benchmark: .venv/.book
-	@echo "Timing one training step, ours beside TRL's own; a minute or two, best on a machine with nothing else to do"
-	@SHE_NB_STAGES=nbs $(BIN)/she-nb stage benchmark -p preset $(PRESET) -p steps 5 -p out "$(CURDIR)/reports/benchmark"
+	@echo "Timing training steps, ours beside TRL's own; half an hour, best on a machine with nothing else to do"
+	@SHE_NB_STAGES=nbs $(BIN)/she-nb stage benchmark -p preset $(PRESET) -p cases book,grid,smollm2 -p rounds 2 \
+	  -p threads 2 -p out "$(CURDIR)/reports/benchmark"
 
 test: .venv/.test
 	$(BIN)/ruff check
