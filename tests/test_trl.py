@@ -238,6 +238,7 @@ def together(tmp_path_factory):
     done = subprocess.run([*launch, str(script), str(out)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     run_told(out, "one", 12, 12)
+    run_told(out, "alone", 12, 12, kind=Kept)
     return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
 
@@ -270,6 +271,16 @@ def test_two_processes_learn_what_one_learns(together, micro):
     names = ("reward", "all_steps", "well_formed", "advantage_mean", "advantage_std", "grad_norm", "loss")
     for left, right in zip(one["rows"], ranks[0]["rows"], strict=True):
         for name in names: assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_processes_say_what_one_says(together):
+    one, ranks = together["alone-0"], [together[f"said-{rank}"] for rank in (0, 1)]
+    whole, halves = one["batches"][0], [rank["batches"][0] for rank in ranks]
+    said = [ids[mask.bool()].tolist() for part in halves for ids, mask in
+            zip(part["completion_ids"], part["completion_mask"], strict=True)]
+    assert said == [ids[mask.bool()].tolist() for ids, mask in
+                    zip(whole["completion_ids"], whole["completion_mask"], strict=True)]
+    assert len({str(ids) for ids in said}) > 6
 
 
 # One committed trajectory
