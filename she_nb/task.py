@@ -22,7 +22,8 @@ TIERS = {4: "Excellent", 3: "Related", 2: "Mismatch", 1: "Irrelevant"}  # the pa
 RELATIONS = ("same", "related", "unrelated")  # of the item's category to the wished one (ours)
 VERDICTS = ("match", "contradicted", "unknown")  # of one wish (ours; three-valued because sellers omit things)
 QUERY_TYPES = ("plain", "negation", "alternative", "question", "knowledge")  # TaoSR1
-CREDIT_RULES = ("grpo", "grpo_mean", "srpo_group", "srpo_step", "srpo_return")  # keys of `advantage.CREDIT`
+CREDIT_RULES = ("grpo", "grpo_mean", "srpo_group", "srpo_step", "srpo_return", "gdpo", "minimum", "first_error", "step_mask",
+                "graph")  # keys of `advantage.CREDIT`
 ORDERS = {"think_first": (0, 1, 2, 3, 4), "answer_first": (4, 0, 1, 2, 3), "label_only": (4,)}
 
 # %% ../nbs/00_task.ipynb #c008
