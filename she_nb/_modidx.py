@@ -191,6 +191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'she_nb.figures._each': ('figures.html#_each', 'she_nb/figures.py'),
                                 'she_nb.figures._metrics_figure': ('figures.html#_metrics_figure', 'she_nb/figures.py'),
                                 'she_nb.figures._reached': ('figures.html#_reached', 'she_nb/figures.py'),
+                                'she_nb.figures.absent_types': ('figures.html#absent_types', 'she_nb/figures.py'),
                                 'she_nb.figures.arm_look': ('figures.html#arm_look', 'she_nb/figures.py'),
                                 'she_nb.figures.arm_order': ('figures.html#arm_order', 'she_nb/figures.py'),
                                 'she_nb.figures.arms_figure': ('figures.html#arms_figure', 'she_nb/figures.py'),

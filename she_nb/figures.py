@@ -7,10 +7,10 @@ __all__ = ['ARMS', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 'EXAMPLE
            'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'REASONS', 'TABLE_METRICS', 'MARKS', 'CSS',
            'PAGE', 'arm_look', 'arm_order', 'image', 'save', 'canvas', 'example_predictions', 'example_curves',
            'example_group', 'example_samples', 'example_records', 'arms_figure', 'tier_f1_figure', 'type_f1_figure',
-           'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table',
-           'cost_figure', 'percent', 'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block', 'escape',
-           'table_block', 'figure_block', 'metrics_table', 'tuning_table', 'claims_table', 'curve_notes', 'byline',
-           'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts', 'render_report']
+           'absent_types', 'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said',
+           'cost_table', 'cost_figure', 'percent', 'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block',
+           'escape', 'table_block', 'figure_block', 'metrics_table', 'tuning_table', 'claims_table', 'curve_notes',
+           'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts', 'render_report']
 
 # %% ../nbs/13_figures.ipynb #043e52d9
 import base64
@@ -287,6 +287,14 @@ def type_f1_figure(
     names = {"Macro F1, balanced": "macro_f1", "All steps right, balanced": "all_steps"}
     panels = {title: [f"balanced/{kind}/{name}" for kind in QUERY_TYPES] for title, name in names.items()}
     return _metrics_figure(table, panels, [kind.replace("alternative", "alter-\nnative") for kind in QUERY_TYPES], "%")
+
+# %% ../nbs/13_figures.ipynb #d9ad40b5
+def absent_types(
+    table: pd.DataFrame,  # a summary
+) -> str:                 # a sentence, empty when none is missing
+    "Which query types a catalogue could not give."
+    missing = [kind for kind in QUERY_TYPES if f"balanced/{kind}/macro_f1" not in set(table["metric"])]
+    return f" This catalogue gives no queries of the type {' or '.join(missing)}." if missing and len(table) else ""
 
 # %% ../nbs/13_figures.ipynb #1d9b1df8
 def step_figure(

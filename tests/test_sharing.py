@@ -36,7 +36,7 @@ def test_thirty_steps_are_the_same_thirty_steps(policy, words, tmp_path):
 
 
 SETTINGS = ({"micro_batch": 4}, {"micro_batch": 2}, {"num_iterations": 3}, {"beta": 0.1}, {"row_tokens": 400},
-            {"loss_type": "dapo"}, {"mask_truncated_completions": True, "max_new_tokens": 12})
+            {"loss_type": "dapo"}, {"mask_truncated_completions": True, "max_new_tokens": 12}, {"gradient_checkpointing": True})
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
