@@ -61,6 +61,13 @@ class Settings:
     sft_steps: int  # optimizer steps of fine-tuning
     sft_batch: int  # chains per step
     sft_lr: float  # its learning rate
+    dpo_pairs: int  # pairs that the policy is asked about
+    dpo_samples: int  # answers to each
+    dpo_steps: int  # optimizer steps
+    dpo_batch: int  # preferences in a step
+    dpo_lr: float  # its learning rate
+    dpo_beta: float  # how far from the reference
+    dpo_sft: float  # weight of the loss of fine-tuning on the preferred answer
     rl_steps: int  # optimizer steps of reinforcement learning
     prompts_per_step: int  # prompts in a step
     group_size: int  # responses per prompt
@@ -84,6 +91,7 @@ class Settings:
 # %% ../nbs/14_book.ipynb #f197658b
 LIMITS = {"data_seed": (0, 2**31),
           "micro_batch": (0, 10**6), "vocab_size": (300, 10**6), "group_size": (2, 1024), "warmup_steps": (0, 10**6),
+          "dpo_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100), "dpo_sft": (0, 100),
           "sft_lr": (1e-8, 1), "rl_lr": (1e-8, 1), "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10),
           "clip_epsilon": (0.001, 1)}
 CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
@@ -149,8 +157,8 @@ def load_settings(
     for key in KINDS:
         if key not in given: raise BookError(f"{where}: the key {key} is missing; add it ({WORDS[KINDS[key]]}).")
     settings = Settings(preset, **{key: _checked(where, key, given[key]) for key in KINDS})
-    if unknown := sorted(set(settings.arms) - {"srpo", *CREDIT_RULES}):
-        raise BookError(f"{where}: there is no arm {unknown[0]}; there are srpo, {', '.join(CREDIT_RULES)}.")
+    if unknown := sorted(set(settings.arms) - {"srpo", "dpo", *CREDIT_RULES}):
+        raise BookError(f"{where}: there is no arm {unknown[0]}; there are srpo, dpo, {', '.join(CREDIT_RULES)}.")
     if settings.hidden_size % (2 * settings.heads):
         raise BookError(f"{where}: heads = {settings.heads} does not divide hidden_size = {settings.hidden_size}.")
     return settings

@@ -101,7 +101,7 @@ class Run:
     @property
     def key(self) -> str: return run_key(self.stage, self.arm, self.seed)
     @property
-    def keeps(self) -> bool: return self.stage in ("data", "sft", "train")  # leaves a checkpoint that others read
+    def keeps(self) -> bool: return self.stage in ("data", "sft", "dpo", "train")  # leaves a checkpoint that others read
 
 # %% ../nbs/14b_cli.ipynb #273d7ac4
 def make_run(
@@ -143,11 +143,12 @@ def plan(
         sft = add("sft", "sft", seed, settings.threads_sft, data_dir=data)
         models = {"sft": sft}
         for arm in book.arms:
-            models[arm] = add("train", arm, seed, settings.threads_train, data_dir=data, model_dir=sft)
+            models[arm] = add("dpo" if arm == "dpo" else "train", arm, seed, settings.threads_train, data_dir=data, model_dir=sft)
         for arm, model in models.items(): add("evaluate", arm, seed, data_dir=data, model_dir=model)
     if book.studies:
         first = runs[run_key("sft", "sft", book.seeds[0])]
-        for arm in book.arms: add("tune", arm, TUNE_SEED, settings.threads_train, data_dir=data, model_dir=first)
+        for arm in book.arms:
+            if arm != "dpo": add("tune", arm, TUNE_SEED, settings.threads_train, data_dir=data, model_dir=first)
     add("report", "all", 0, **dict(runs))
     return list(runs.values())
 

@@ -321,10 +321,11 @@ def annotate_all(
 # %% ../nbs/02_pairs.ipynb #c048
 @dataclass(frozen=True)
 class Data:
-    "Everything that the stages read: lists of pairs, and the annotator's chains for the first."
+    "Everything that the stages read: lists of pairs, and the annotator's chains."
     sft: list[Pair]
     chains: list[StepTruth]  # one for each SFT pair
     rl: list[Pair]
+    rl_chains: list[StepTruth]  # one for each RL pair, for preferences; RL itself never sees them
     valid: list[Pair]        # held out of training, for choosing settings; shares items and queries with it
     wild: list[Pair]
     balanced: list[Pair]
@@ -346,7 +347,7 @@ def make_data(
     balanced = build_pairs(sides["test"], test_pairs, UNIFORM_TYPES, "test", rng, balanced=True, seed=seed)
     sft = train[:sft_pairs]
     rl, valid = train[sft_pairs:sft_pairs + rl_pairs], train[sft_pairs + rl_pairs:]
-    return Data(sft, annotate_all(sft, catalog, seed), rl, valid, wild, balanced)
+    return Data(sft, annotate_all(sft, catalog, seed), rl, annotate_all(rl, catalog, seed + 1), valid, wild, balanced)
 
 # %% ../nbs/02_pairs.ipynb #c051
 def leaks(
@@ -377,5 +378,5 @@ def load_part(
     "Read one part back."
     path = Path(folder) / f"{name}.jsonl"
     if not path.exists(): raise BookError(f"{path}: not there; run the data stage first.")
-    kind = StepTruth if name == "chains" else Pair
+    kind = StepTruth if name.endswith("chains") else Pair
     return [kind.from_dict(json.loads(line)) for line in path.read_text().splitlines()]
