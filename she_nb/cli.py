@@ -507,7 +507,7 @@ def parser() -> Parser:
             one.add_argument(f"--{folder}", default="", help=f"use this folder as {folder}/")
     stage = commands.add_parser("stage", help="run one stage notebook", description="run one stage notebook")
     stage.set_defaults(run=stage_command)
-    stage.add_argument("stage", help="data, sft, train, evaluate, report")
+    stage.add_argument("stage", help="data, sft, dpo, train, tune, evaluate, report")
     for option in ("--params-file", "--output", "--log"): stage.add_argument(option, default="")
     for one in commands.choices.values():
         one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
