@@ -84,6 +84,10 @@ class Settings:
     seeds: tuple[int, ...]  # seeds of `she-nb book`
     ablation_seeds: tuple[int, ...]  # seeds of `she-nb ablations`
     eval_batch: int  # prompts decoded at once in evaluation
+    selection: str  # of RL's prompts: random, rejection, steps or diversified
+    curriculum: str  # single, easy_to_hard, hard_to_easy or shuffled
+    select_pairs: int  # pairs that the policy is asked about beforehand
+    select_samples: int  # answers to each
     engine: str  # of rollouts and updates: shared, or trl
     threads_sft: int  # threads of fine-tuning
     threads_train: int  # threads of each training arm
@@ -91,11 +95,14 @@ class Settings:
 # %% ../nbs/14_book.ipynb #f197658b
 LIMITS = {"data_seed": (0, 2**31),
           "micro_batch": (0, 10**6), "vocab_size": (300, 10**6), "group_size": (2, 1024), "warmup_steps": (0, 10**6),
-          "dpo_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100), "dpo_sft": (0, 100),
+          "dpo_samples": (2, 1024),
+          "select_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100), "dpo_sft": (0, 100),
           "sft_lr": (1e-8, 1), "rl_lr": (1e-8, 1), "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10),
           "clip_epsilon": (0.001, 1)}
 CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
-           "reading": ("group", "step", "return"), "engine": ("shared", "trl")}
+           "reading": ("group", "step", "return"), "engine": ("shared", "trl"),
+           "selection": ("random", "rejection", "steps", "diversified"),
+           "curriculum": ("single", "easy_to_hard", "hard_to_easy", "shuffled")}
 KINDS = {f.name: f.type for f in fields(Settings) if f.name != "preset"}
 WORDS = {int: "a whole number", float: "a number", str: "a word",
          tuple[int, ...]: "whole numbers with commas between", tuple[str, ...]: "words with commas between"}
@@ -229,7 +236,7 @@ def read_record(
         raise BookError(f"The record {path} is broken; delete it and run the book again.") from None
 
 # %% ../nbs/14_book.ipynb #5ea4dcdc
-PLACES = ("out", "record", "inputs", "data_dir", "model_dir", "reports", "preset")
+PLACES = ("out", "record", "inputs", "data_dir", "model_dir", "select_dir", "reports", "preset")
 VERSIONED = ("torch", "trl", "transformers", "peft", "accelerate", "she-nb")
 
 # %% ../nbs/14_book.ipynb #fabfbd6f

@@ -101,7 +101,7 @@ class Run:
     @property
     def key(self) -> str: return run_key(self.stage, self.arm, self.seed)
     @property
-    def keeps(self) -> bool: return self.stage in ("data", "sft", "dpo", "train")  # leaves a checkpoint that others read
+    def keeps(self) -> bool: return self.stage in ("data", "sft", "dpo", "select", "train")  # leaves what others read
 
 # %% ../nbs/14b_cli.ipynb #273d7ac4
 def make_run(
@@ -141,9 +141,12 @@ def plan(
     data = add("data", "all", 0)
     for seed in book.seeds:
         sft = add("sft", "sft", seed, settings.threads_sft, data_dir=data)
-        models = {"sft": sft}
+        models, asked = {"sft": sft}, {}
+        if (settings.selection, settings.curriculum) != ("random", "single"):
+            asked["select_dir"] = add("select", "all", seed, settings.threads_train, data_dir=data, model_dir=sft)
         for arm in book.arms:
-            models[arm] = add("dpo" if arm == "dpo" else "train", arm, seed, settings.threads_train, data_dir=data, model_dir=sft)
+            stage, more = ("dpo", {}) if arm == "dpo" else ("train", asked)
+            models[arm] = add(stage, arm, seed, settings.threads_train, data_dir=data, model_dir=sft, **more)
         for arm, model in models.items(): add("evaluate", arm, seed, data_dir=data, model_dir=model)
     if book.studies:
         first = runs[run_key("sft", "sft", book.seeds[0])]
@@ -507,7 +510,7 @@ def parser() -> Parser:
             one.add_argument(f"--{folder}", default="", help=f"use this folder as {folder}/")
     stage = commands.add_parser("stage", help="run one stage notebook", description="run one stage notebook")
     stage.set_defaults(run=stage_command)
-    stage.add_argument("stage", help="data, sft, dpo, train, tune, evaluate, report")
+    stage.add_argument("stage", help="data, sft, dpo, select, train, tune, evaluate, report")
     for option in ("--params-file", "--output", "--log"): stage.add_argument(option, default="")
     for one in commands.choices.values():
         one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
