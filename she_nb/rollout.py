@@ -68,13 +68,12 @@ def choose(
     temperature: float,    # 0 is greedy
 ) -> tuple[Tensor, Tensor]:  # tokens and their log-probabilities at this temperature, each (rows,)
     "The next token of every row."
-    logits = logits.float()
-    if temperature <= 0: tokens = logits.argmax(-1)
+    logps = torch.log_softmax(logits.float() / (temperature if temperature > 0 else 1), -1)
+    if temperature <= 0: tokens = logps.argmax(-1, keepdim=True)
     else:
-        logits = logits / temperature
-        reached = logits.softmax(-1).cumsum(-1)
-        tokens = (reached <= draws[:, None] * reached[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return tokens, torch.log_softmax(logits, -1).gather(-1, tokens[:, None])[:, 0]
+        reached = logps.exp().cumsum(-1)
+        tokens = torch.searchsorted(reached, draws[:, None] * reached[:, -1:], right=True).clamp(max=logps.shape[-1] - 1)
+    return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
 # %% ../nbs/07_rollout.ipynb #c016
 LEAVE = 0.75  # rows are taken out when at most so many of them still speak (ours)
