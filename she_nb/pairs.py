@@ -7,7 +7,7 @@ __all__ = ['ASK', 'CANDIDATES', 'TEST_SHARE', 'UNIFORM_TYPES', 'WILD_TYPES', 'PA
            'item_value', 'verdict', 'Request', 'spoken', 'some_wishes', 'ask_plain', 'ask_negation', 'ask_alternative',
            'ask_knowledge', 'ask_question', 'Shelves', 'true_steps', 'split_of', 'draw_pair', 'build_pairs',
            'misread_query', 'miss_values', 'annotate', 'annotate_all', 'Data', 'make_data', 'leaks', 'save_data',
-           'load_part']
+           'load_part', 'response_limit']
 
 # %% ../nbs/02_pairs.ipynb #c002
 import json
@@ -380,3 +380,11 @@ def load_part(
     if not path.exists(): raise BookError(f"{path}: not there; run the data stage first.")
     kind = StepTruth if name.endswith("chains") else Pair
     return [kind.from_dict(json.loads(line)) for line in path.read_text().splitlines()]
+
+# %% ../nbs/02_pairs.ipynb #7d0bf912
+def response_limit(
+    folder: str | Path,  # of the data stage, with lengths.json
+    most: int,           # tokens that a response may take at most
+) -> int:                # no more than a little beyond the longest true chain of training
+    "How long a response may become: a rare rambler would slow every step (ours)."
+    return min(most, json.loads((Path(folder) / "lengths.json").read_text())["chain_max"] + 4)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAVE', 'takes_any_mask', 'GroupLayer', 'choose', 'Sampled', 'silent', 'read_prompts', 'sample', 'cut_at_end',
-           'library_sample', 'generate']
+           'library_sample', 'generate', 'answers']
 
 # %% ../nbs/07_rollout.ipynb #c002
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .task import BookError, response_text, token_bytes
+from .task import BookError, Pair, prompt, response_text, token_bytes
 
 # %% ../nbs/07_rollout.ipynb #c007
 def takes_any_mask(
@@ -179,3 +179,15 @@ def generate(
         else: said = library_sample(model, tokenizer, batched, group, max_new_tokens, temperature)
         for place, i in enumerate(rows): found[i] = said[place * group:(place + 1) * group]
     return found
+
+# %% ../nbs/07_rollout.ipynb #493ede23
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    rule: str = "brief",     # a key of RULES
+    **choice,                # of `generate`: group, temperature, max_new_tokens, batch, seed
+) -> list[list[str]]:        # texts, by pair and response
+    "What the policy says about pairs."
+    table, prompts = token_bytes(tokenizer), [prompt(pair.query, pair.item, rule) for pair in pairs]
+    return [[response_text(ids, table) for ids in group] for group in generate(model, tokenizer, prompts, **choice)]
