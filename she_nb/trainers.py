@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'SHOWN', 'RENAMED', 'Progress', 'last_checkpoint', 'run_training', 'sft_dataset', 'train_sft',
-           'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'credit_steps', 'EpochSampler',
-           'StepGRPOTrainer', 'rl_config', 'train_rl', 'curve_rows']
+           'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'credit_steps', 'credit_metrics',
+           'EpochSampler', 'StepGRPOTrainer', 'rl_config', 'train_rl', 'curve_rows']
 
 # %% ../nbs/11_trainers.ipynb #c002
 import json
@@ -25,9 +25,10 @@ from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from .advantage import advantage, to_tokens
 from .packing import pack_chains
+from .reward import Router, agreement, step_errors
 from .rollout import takes_any_mask
 from .sharing import SharedPromptTrainer
-from .task import ORDERS, STEPS, Pair, StepTruth, parse, prompt, render, response_text, step_ids, token_bytes
+from .task import ORDERS, STEPS, Pair, Parsed, StepTruth, parse, prompt, render, response_text, step_ids, token_bytes
 from .verifier import score
 
 # %% ../nbs/11_trainers.ipynb #c006
@@ -142,13 +143,12 @@ def read_responses(
     truths: list[StepTruth],   # of each response's pair
     table: list[bytes],        # from `token_bytes`
     order: str,                # a key of ORDERS
-) -> tuple[Tensor, Tensor, Tensor]:  # scores (responses, 5), well-formed (responses,), step of each token (responses, tokens)
+) -> tuple[list[Parsed], Tensor, Tensor]:  # what was said, scores (responses, 5), step of each token (responses, tokens)
     "What a batch of responses says, what of it is right, and which token said it."
     parsed = [parse(response_text(one, table), order) for one in ids]
     scores = [score(said, truth, order) for said, truth in zip(parsed, truths, strict=True)]
     places = [torch.tensor(step_ids(one, table, order), dtype=torch.long) for one in ids]
-    formed = torch.tensor([float(not said.malformed) for said in parsed])
-    return torch.tensor(scores, dtype=torch.float32), formed, pad_sequence(places, batch_first=True)
+    return parsed, torch.tensor(scores, dtype=torch.float32), pad_sequence(places, batch_first=True)
 
 # %% ../nbs/11_trainers.ipynb #f616c890
 def credit_steps(
@@ -162,6 +162,19 @@ def credit_steps(
     columns = list(ORDERS[order])
     grouped = scores[:, columns].view(-1, group, len(columns))
     return advantage(grouped, credit, gamma, outcome=columns.index(4)).flatten(0, 1)
+
+# %% ../nbs/11_trainers.ipynb #f30c9081
+def credit_metrics(
+    steps: Tensor,    # advantages, (responses, steps in the order of generation)
+    rewards: Tensor,  # (responses, 5)
+    truths: Tensor,   # verified scores, likewise
+    order: str,       # a key of ORDERS
+) -> dict[str, float]:
+    "What a training step logs of its credit."
+    advantages = torch.zeros_like(truths)
+    advantages[:, list(ORDERS[order])] = steps
+    size = {"advantage_mean": steps.mean().item(), "advantage_std": steps.std().item()}
+    return size | agreement(rewards, truths) | step_errors(advantages, truths)
 
 # %% ../nbs/11_trainers.ipynb #fb8e1cde
 class EpochSampler(Sampler):
@@ -182,27 +195,30 @@ class StepGRPOTrainer(SharedPromptTrainer):
     def __init__(
         self,
         *args,
-        truths: list[StepTruth],     # one for each row of the data set
+        pairs: list[Pair],           # one for each row of the data set
         credit: str,                 # a key of CREDIT
         gamma: float = 1.0,          # discount per step
         order: str = "think_first",  # a key of ORDERS
+        router: Router | None = None,  # from what was said to rewards; None: the oracle's
         **kwargs,                    # of SharedPromptTrainer and GRPOTrainer
     ):
         super().__init__(*args, reward_funcs=[outcome_reward], **kwargs)
-        self.truths, self.credit, self.gamma, self.order = truths, credit, gamma, order
-        self.table, self.score_seconds = token_bytes(self.processing_class), 0.0
+        self.pairs, self.credit, self.gamma, self.order = pairs, credit, gamma, order
+        self.router, self.table = router or Router("oracle", order=order), token_bytes(self.processing_class)
 
     def _get_train_sampler(self, dataset=None):
         return EpochSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        "Score every step, keep the scores of all processes, and give TRL the outcome, (all responses, 1)."
-        start, truths = time.perf_counter(), [self.truths[row["row"]] for row in inputs]
-        scores, formed, self._places = read_responses(completion_ids_list, truths, self.table, self.order)
-        self.score_seconds = time.perf_counter() - start
-        local = (scores.to(self.accelerator.device), formed.to(self.accelerator.device))
-        self._scores, self._formed = map(self.accelerator.gather, local)
-        return self._scores[:, 4:5].clone()
+        "Score and reward every step, keep both for all processes, and give TRL the outcome, (all responses, 1)."
+        start, pairs = time.perf_counter(), [self.pairs[row["row"]] for row in inputs]
+        parsed, scores, self._places = read_responses(completion_ids_list, [pair.truth for pair in pairs], self.table, self.order)
+        routed, rewards = time.perf_counter(), self.router(pairs, parsed, scores)
+        self._seconds = {"score_seconds": routed - start, "judge_seconds": time.perf_counter() - routed}
+        formed = torch.tensor([float(not said.malformed) for said in parsed])
+        self._scores, self._formed, self._rewards = (
+            self.accelerator.gather(local.to(self.accelerator.device)) for local in (scores, formed, rewards))
+        return self._rewards[:, 4:5].clone()
 
     def _generate_and_score_completions(self, inputs):
         "Rollouts and TRL's bookkeeping, with step advantages, laid out like the response mask, in place of TRL's own."
@@ -210,14 +226,13 @@ class StepGRPOTrainer(SharedPromptTrainer):
         start = time.perf_counter()
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
-        steps = credit_steps(self._scores, group, self.credit, self.gamma, self.order)
+        steps = credit_steps(self._rewards, group, self.credit, self.gamma, self.order)
         first, mask = self.accelerator.process_index * len(inputs), output["completion_mask"]
         places = pad(self._places, (0, mask.shape[-1] - self._places.shape[1])).to(mask.device)
         output["advantages"] = to_tokens(steps[first:first + len(inputs)], places).view(mask.shape) * mask
-        numbers = step_metrics(self._scores, self._formed) | {
-            "advantage_mean": steps.mean().item(), "advantage_std": steps.std().item(),
-            "score_seconds": self.score_seconds + time.perf_counter() - start}
-        for name, number in numbers.items(): self._metrics[mode][name].append(number)
+        self._seconds["score_seconds"] += time.perf_counter() - start
+        numbers = step_metrics(self._scores, self._formed) | credit_metrics(steps, self._rewards, self._scores, self.order)
+        for name, number in (numbers | self._seconds).items(): self._metrics[mode][name].append(number)
         return output
 
 # %% ../nbs/11_trainers.ipynb #c021
@@ -258,10 +273,11 @@ def train_rl(
     rule: str = "brief",
     order: str = "think_first",
     engine: str = "shared",             # "shared": each prompt once for its group; "trl": TRL's own rollout and update
+    router: Router | None = None,       # of the rewards; None: the oracle's
 ) -> tuple[StepGRPOTrainer, list[dict]]:  # the trainer, and one row for each step
     "GRPO, SRPO or any other registered credit rule: the arms differ in `credit` and `gamma` alone."
     trainer = StepGRPOTrainer(model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer,
-                              truths=[pair.truth for pair in pairs], credit=credit, gamma=gamma, order=order,
+                              pairs=pairs, credit=credit, gamma=gamma, order=order, router=router,
                               shared_rollout=engine == "shared", packed_update=engine == "shared",
                               callbacks=[Progress(SHOWN)])
     return trainer, run_training(trainer, config.output_dir)

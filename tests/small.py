@@ -62,7 +62,7 @@ def settings(folder, steps=4, **changes):
 def trainer(kind, model, words, config, credit="srpo_return", **more):
     "A StepGRPOTrainer or a descendant of it over the twelve pairs."
     set_seed(config.seed)
-    return kind(model, args=config, train_dataset=rl_dataset(PAIRS), processing_class=words, truths=TRUTHS,
+    return kind(model, args=config, train_dataset=rl_dataset(PAIRS), processing_class=words, pairs=PAIRS,
                 credit=credit, **more)
 
 
