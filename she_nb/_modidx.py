@@ -428,6 +428,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'she_nb.trainers.run_training': ('trainers.html#run_training', 'she_nb/trainers.py'),
                                  'she_nb.trainers.sft_dataset': ('trainers.html#sft_dataset', 'she_nb/trainers.py'),
                                  'she_nb.trainers.step_metrics': ('trainers.html#step_metrics', 'she_nb/trainers.py'),
+                                 'she_nb.trainers.train_judge': ('trainers.html#train_judge', 'she_nb/trainers.py'),
                                  'she_nb.trainers.train_rl': ('trainers.html#train_rl', 'she_nb/trainers.py'),
                                  'she_nb.trainers.train_sft': ('trainers.html#train_sft', 'she_nb/trainers.py')},
             'she_nb.verifier': { 'she_nb.verifier.oracle': ('verifier.html#oracle', 'she_nb/verifier.py'),

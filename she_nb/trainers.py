@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED', 'SHOWN', 'RENAMED', 'Progress', 'last_checkpoint', 'run_training', 'sft_dataset', 'train_sft',
            'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'credit_steps', 'credit_metrics',
-           'EpochSampler', 'StepGRPOTrainer', 'rl_config', 'train_rl', 'curve_rows']
+           'EpochSampler', 'StepGRPOTrainer', 'rl_config', 'train_rl', 'train_judge', 'curve_rows']
 
 # %% ../nbs/11_trainers.ipynb #c002
 import json
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from .advantage import advantage, to_tokens
+from .judge import verdict_reward
 from .packing import pack_chains
 from .reward import Router, agreement, step_errors
 from .rollout import takes_any_mask
@@ -281,6 +282,19 @@ def train_rl(
                               shared_rollout=engine == "shared", packed_update=engine == "shared",
                               callbacks=[Progress(SHOWN)])
     return trainer, run_training(trainer, config.output_dir)
+
+# %% ../nbs/11_trainers.ipynb #338aa872
+def train_judge(
+    model: PreTrainedModel,             # after fine-tuning
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],                   # of the hard subset, from `claim_rows`
+    config: GRPOConfig,                 # from `rl_config`
+) -> list[dict]:                        # one row for each step
+    "GRPO on verdicts (TaoSR-SHE trains its reward model so; sizes: ours)."
+    asked = Dataset.from_list([{"prompt": row["prompt"], "good": row["good"]} for row in rows])
+    trainer = SharedPromptTrainer(model, args=config, train_dataset=asked, processing_class=tokenizer,
+                                  reward_funcs=[verdict_reward], callbacks=[Progress(("reward", "entropy"))])
+    return run_training(trainer, config.output_dir)
 
 # %% ../nbs/11_trainers.ipynb #c024
 RENAMED = {"completions/mean_length": "completion_length", "frac_reward_zero_std": "zero_std_groups",
