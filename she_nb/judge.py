@@ -7,13 +7,15 @@ __all__ = ['JUDGE_RULES', 'CORRUPTIONS', 'judge_prompt', 'marked', 'reason', 're
            'words_of', 'another', 'corruption', 'other_category', 'wrong_category', 'dropped_wish', 'flipped_wish',
            'other_wish', 'invented_wish', 'wrong_item_category', 'missed_value', 'invented_value', 'wrong_relation',
            'wrong_attribute', 'wrong_tier', 'corrupt', 'claims', 'claim_rows', 'verdict_reward', 'verdict_probability',
-           'Judge', 'judge_metrics', 'judge_table', 'hard_ones', 'claims_of']
+           'Judge', 'load_judge', 'judge_metrics', 'judge_table', 'hard_ones', 'claims_of']
 
 # %% ../nbs/08_judge.ipynb #c002
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .models import load_policy
 from .rollout import library_sample, sample, takes_any_mask
 from .sharing import runs
 from she_nb.task import (
@@ -29,6 +32,7 @@ from she_nb.task import (
     STEPS,
     TAGS,
     VERDICTS,
+    BookError,
     Pair,
     StepTruth,
     Wish,
@@ -309,7 +313,18 @@ class Judge:
         sure = np.array([verdict_probability(ids, logps, self.table, end) for ids, logps in said]).reshape(-1, count)
         return (sure >= .5 if self.samples else sure).mean(1).tolist()
 
-# %% ../nbs/08_judge.ipynb #c044
+# %% ../nbs/08_judge.ipynb #c041
+def load_judge(
+    folder: str | Path,   # of the stage judge
+    samples: int = 0,     # as of Judge
+    batch: int = 256,
+) -> Judge:
+    "The judge that a run of the stage left."
+    path = Path(folder) / "judge.json"
+    if not path.is_file(): raise BookError(f"{path}: not there; run the stage judge first.")
+    return Judge(*load_policy(folder), samples=samples, batch=batch, **json.loads(path.read_text()))
+
+# %% ../nbs/08_judge.ipynb #c046
 def judge_metrics(
     values: Sequence[float],  # the judge's
     holds: Sequence[bool],    # the truth
@@ -324,7 +339,7 @@ def judge_metrics(
             "auc": float(roc_auc_score(true, sure)) if 0 < true.mean() < 1 else math.nan, "calibration_error": float(sum(gaps)),
             "wrong_rewarded": share(sure >= .5, ~true), "right_punished": share(sure < .5, true)}
 
-# %% ../nbs/08_judge.ipynb #c047
+# %% ../nbs/08_judge.ipynb #c049
 def judge_table(
     asked: list[Claim],
     values: Sequence[float],
@@ -336,7 +351,7 @@ def judge_table(
     return pd.DataFrame([{"by": kind, "name": name} | judge_metrics(part["value"], part["holds"])
                          for kind, name, part in [("all", "all", frame), *parts]])
 
-# %% ../nbs/08_judge.ipynb #c050
+# %% ../nbs/08_judge.ipynb #c052
 def hard_ones(
     asked: list[Claim],
     values: Sequence[float],
@@ -346,7 +361,7 @@ def hard_ones(
     good = (None if math.isnan(value) or max(value, 1 - value) < unsure else value >= .5 for value in values)
     return [claim for claim, held in zip(asked, good, strict=True) if held != claim.holds]
 
-# %% ../nbs/08_judge.ipynb #c053
+# %% ../nbs/08_judge.ipynb #c055
 def claims_of(
     pairs: list[Pair],
     texts: list[list[str]],        # sampled responses of each pair
