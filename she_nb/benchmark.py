@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from time import perf_counter, process_time, sleep
+from time import perf_counter, sleep
 
 import psutil
 import torch
@@ -148,14 +148,20 @@ class StepClock(TrainerCallback):
         return [(ready, end) for (_, ready), (_, end) in both]
 
 # %% ../nbs/benchmark.ipynb #c014
-def measure(case: Case, who: str, steps: int) -> list[dict]:  # seconds of each part, and MB
-    "Time some training steps in this process, after one that warms up."
+def measure(
+    case: Case,
+    who: str,                # "ours" or "trl"
+    steps: int,              # to time, after one that warms up
+    patience: float = 20.0,  # seconds after which no further step is begun
+) -> list[dict]:             # seconds of each part, and MB, of each step
+    "Time some training steps in this process."
     torch.set_num_threads(case.threads)
     set_seed(0)
     trainer = case_trainer(case, who)
     clock, rows = StepClock(trainer), []
     trainer.add_callback(clock)
     for seed in range(steps + 1):
+        if sum(row["step"] for row in rows[1:]) > patience: break
         trainer.args.seed = seed
         with Memory() as memory: trainer.train()
         rollout, scored, step = map(clock.seconds, ("_generate", "_generate_and_score_completions", "step"))
