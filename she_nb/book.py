@@ -168,7 +168,9 @@ VARIANTS = {  # arm -> its credit rule, and what differs from the preset (ours)
     "srpo_hybrid": ("srpo", {"reward": "hybrid"}), "srpo_judge_only": ("srpo", {"reward": "judge"}),
     "srpo_verifier_only": ("srpo", {"reward": "verifier"}), "srpo_oracle": ("srpo", {"reward": "oracle"}),
     "srpo_after_sft": ("srpo", {"start": "sft"}), "srpo_after_dpo": ("srpo", {"start": "dpo"}),
-    "grpo_after_sft": ("grpo", {"start": "sft"}),
+    "grpo_after_sft": ("grpo", {"start": "sft"}), "ppo": ("ppo", {}),
+    "sft_label_only": ("sft", {"order": "label_only"}), "sft_answer_first": ("sft", {"order": "answer_first"}),
+    "majority": ("floor", {"order": "label_only"}), "lexical": ("floor", {"order": "label_only"}),
     **{f"srpo_{name}": ("srpo", {"selection": name, "curriculum": "single"}) for name in CHOICES["selection"]},
     **{f"srpo_{name}": ("srpo", {"curriculum": name}) for name in CHOICES["curriculum"]},
     **{f"srpo_gamma_{int(100 * gamma):03}": ("srpo", {"gamma": gamma}) for gamma in (0.0, 0.5, 0.7, 0.9)}}
@@ -176,7 +178,7 @@ VARIANTS = {  # arm -> its credit rule, and what differs from the preset (ours)
 def variant(
     settings: Settings,  # the preset's
     arm: str,            # one of the known arms
-) -> tuple[str, Settings]:  # its credit rule (srpo: in the reading of the settings), and its own settings
+) -> tuple[str, Settings]:  # how it is made (a credit rule, srpo in the reading of the settings; sft; floor), and its settings
     "What an arm trains by (ours)."
     rule, changes = VARIANTS.get(arm, (arm, {}))
     return rule, replace(settings, **changes)

@@ -140,11 +140,13 @@ class Plan:
         run = make_run(self.book, stage, arm, seed, threads, needs, settings)
         return self.runs.setdefault(run.key, run)
 
-    def train(self, arm: str, seed: int, models: dict[str, Run], data: Run) -> Run:
-        "An arm of reinforcement learning, with what it needs."
+    def arm(self, arm: str, seed: int, models: dict[str, Run], data: Run) -> Run | None:
+        "An arm with what it needs; None where nothing is trained."
         credit, own = variant(self.book.settings, arm)
+        if credit == "floor": return None
+        if credit == "sft": return self.add("sft", arm, seed, own.threads_sft, own, data_dir=data)
         begin, more = models[own.start], {}
-        if own.reward == "judge" or own.reward == "hybrid" and credit != "grpo":  # GRPO looks at the tier, which is verified
+        if own.reward == "judge" or own.reward == "hybrid" and credit not in ("grpo", "ppo"):  # these look at the tier
             first = self.runs[run_key("sft", "sft", self.book.seeds[0])]  # one judge for all seeds, as there is one verifier
             more["judge_dir"] = self.add("judge", "all", 0, own.threads_sft, data_dir=data, model_dir=first)
         if (own.selection, own.curriculum) != ("random", "single"):
@@ -163,8 +165,11 @@ def plan(
     for seed in book.seeds:
         models = {"sft": plan.add("sft", "sft", seed, settings.threads_sft, data_dir=data)}
         if "dpo" in starts: models["dpo"] = plan.add("dpo", "dpo", seed, data_dir=data, model_dir=models["sft"])
-        trained = {arm: plan.train(arm, seed, models, data) for arm in book.arms if arm != "dpo"}
-        for arm, model in (models | trained).items(): plan.add("evaluate", arm, seed, data_dir=data, model_dir=model)
+        for arm in book.arms:
+            if arm != "dpo" and (run := plan.arm(arm, seed, models, data)): models = models | {arm: run}
+        for arm in dict.fromkeys([*models, *book.arms]):
+            made, own = {"model_dir": models[arm]} if arm in models else {}, variant(settings, arm)[1]
+            plan.add("evaluate", arm, seed, settings=own, data_dir=data, **made)
     if book.studies:
         first = plan.runs[run_key("sft", "sft", book.seeds[0])]
         for arm in book.arms:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'COLUMNS', 'ALLOWED', 'TIER_METRICS', 'STEP_METRICS', 'OUTCOME', 'TYPE_METRICS', 'RECORD_FIELDS',
-           'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS', 'CLAIM_RIVALS', 'check_predictions', 'confusion',
-           'kappa', 'tier_metrics', 'outcomes', 'step_metrics', 'metrics', 'bootstrap', 'Interval', 'seed_interval',
+           'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS', 'CLAIMS', 'check_predictions', 'confusion', 'kappa',
+           'tier_metrics', 'outcomes', 'step_metrics', 'metrics', 'bootstrap', 'Interval', 'seed_interval',
            'paired_difference', 'read_records', 'pick', 'read_table', 'curves', 'by_seed', 'summary', 'verdict',
            'claims']
 
@@ -275,9 +275,26 @@ def summary(
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
 
 # %% ../nbs/12_evaluate.ipynb #f8cdcf3c
-CLAIM_COLUMNS = ("claim", "arms", "metric", "seeds", "effect", "ci_low", "ci_high", "verdict")
+CLAIM_COLUMNS = ("claim", "source", "arms", "metric", "seeds", "effect", "ci_low", "ci_high", "verdict")
 CLAIM_METRICS = ("balanced/macro_f1", "balanced/all_steps")
-CLAIM_RIVALS = ("sft", "grpo")
+CLAIMS = {  # (better, worse) -> what is claimed, and by whom
+    ("srpo", "sft"): ("training on steps improves the fine-tuned judge", "paper"),
+    ("srpo", "grpo"): ("credit for steps beats credit for the outcome", "paper"),
+    ("srpo", "ppo"): ("credit for steps beats credit for tokens", "paper"),
+    ("srpo", "srpo_judge_only"): ("verifier and judge together beat the judge alone", "paper"),
+    ("srpo", "srpo_random"): ("selected prompts beat random ones", "paper"),
+    ("srpo", "srpo_single"): ("two stages beat one", "paper"),
+    ("srpo", "srpo_after_sft"): ("preferences before reinforcement help", "paper"),
+    ("dpo", "sft"): ("preferences improve the fine-tuned judge", "paper"),
+    ("srpo", "srpo_verifier_only"): ("judging the open-ended steps helps", "ours"),
+    ("srpo_oracle", "srpo"): ("a perfect judge would add something", "ours"),
+    ("srpo", "grpo_mean"): ("placing step rewards beats averaging them", "ours"),
+    ("srpo", "minimum"): ("the sum of rewards beats their minimum", "ours"),
+    ("srpo", "srpo_group"): ("returns, normalised, beat rewards normalised over the group", "ours"),
+    ("srpo", "srpo_step"): ("returns, normalised, beat rewards normalised by step", "ours"),
+    ("srpo", "srpo_gamma_000"): ("looking ahead beats each step for itself", "ours"),
+    ("sft", "lexical"): ("fine-tuning beats counting words", "ours"),
+    ("srpo", "sft_label_only"): ("reasoning beats labels alone", "paper")}
 
 # %% ../nbs/12_evaluate.ipynb #c1694dfb
 def verdict(
@@ -291,15 +308,13 @@ def verdict(
 def claims(
     records: Iterable[dict],  # run records; those of the stage evaluate count
 ) -> pd.DataFrame:            # one row for each claim and metric, columns `CLAIM_COLUMNS`; none without a shared seed
-    "Test that each reading of SRPO beats SFT and GRPO (TaoSR-SHE, arXiv 2510.07972), paired over seeds."
+    "Test the claims of the paper (TaoSR-SHE, arXiv 2510.07972) and ours, paired over seeds."
     records, rows = list(records), []
-    readings = sorted({r["arm"] for r in pick(records, "evaluate") if r["arm"].startswith("srpo")})
-    for arm in readings:
-        for rival in CLAIM_RIVALS:
-            for metric in CLAIM_METRICS:
-                ours, theirs = by_seed(records, arm, metric), by_seed(records, rival, metric)
-                if not set(ours) & set(theirs): continue
-                found = paired_difference(ours, theirs)
-                bounds = (found.mean, found.low, found.high)
-                rows.append((f"{arm} > {rival}", f"{arm},{rival}", metric, found.n, *bounds, verdict(found)))
+    for (arm, rival), (said, source) in CLAIMS.items():
+        for metric in CLAIM_METRICS:
+            ours, theirs = by_seed(records, arm, metric), by_seed(records, rival, metric)
+            if not set(ours) & set(theirs): continue
+            found = paired_difference(ours, theirs)
+            bounds = (found.mean, found.low, found.high)
+            rows.append((said, source, f"{arm},{rival}", metric, found.n, *bounds, verdict(found)))
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))

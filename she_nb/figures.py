@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 'EXAMPLE_CHAINS', 'EXAMPLE_TITLE', 'ARM_METRICS',
-           'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'REASONS', 'TABLE_METRICS', 'MARKS', 'CSS',
-           'PAGE', 'arm_look', 'arm_order', 'image', 'save', 'canvas', 'example_predictions', 'example_curves',
-           'example_group', 'example_samples', 'example_records', 'arms_figure', 'tier_f1_figure', 'type_f1_figure',
-           'absent_types', 'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said',
-           'cost_table', 'cost_figure', 'percent', 'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block',
-           'escape', 'table_block', 'figure_block', 'metrics_table', 'tuning_table', 'claims_table', 'curve_notes',
-           'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts', 'render_report']
+           'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'REASONS', 'TABLE_METRICS', 'STUDIES',
+           'STUDY_METRICS', 'JUDGED', 'JUDGE_METRICS', 'MARKS', 'CSS', 'PAGE', 'arm_look', 'arm_order', 'image', 'save',
+           'canvas', 'example_predictions', 'example_curves', 'example_group', 'example_samples', 'example_records',
+           'arms_figure', 'tier_f1_figure', 'type_f1_figure', 'absent_types', 'step_figure', 'curves_figure',
+           'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table', 'cost_figure', 'percent',
+           'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block', 'escape', 'table_block',
+           'figure_block', 'metrics_table', 'study_table', 'studies_block', 'judge_rows', 'tuning_table',
+           'claims_table', 'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block',
+           'page_parts', 'render_report']
 
 # %% ../nbs/13_figures.ipynb #043e52d9
 import base64
@@ -39,6 +41,7 @@ from she_nb.evaluate import (
     metrics,
     pick,
     read_records,
+    read_table,
     summary,
 )
 from .task import ORDERS, QUERY_TYPES, STEPS, TIERS, BookError, StepTruth, Wish, atomic_write, parse, render
@@ -48,7 +51,9 @@ ARMS = {  # arm -> name shown, colour, marker; in the order of every figure and 
     "sft": ("SFT", "#6b6b6b", "o"), "dpo": ("DPO", "#8c6d31", "X"), "ppo": ("PPO", "#332288", "d"),
     "grpo": ("GRPO", "#0072b2", "s"), "grpo_mean": ("GRPO-mean", "#56b4e9", "D"),
     "srpo": ("SRPO", "#d55e00", "^"), "srpo_return": ("SRPO-return", "#e69f00", "<"),
-    "srpo_step": ("SRPO-step", "#009e73", "v"), "srpo_group": ("SRPO-group", "#cc79a7", "P")}
+    "srpo_step": ("SRPO-step", "#009e73", "v"), "srpo_group": ("SRPO-group", "#cc79a7", "P"),
+    "majority": ("Majority", "#c0c0c0", "1"), "lexical": ("Lexical", "#909090", "2"),
+    "sft_label_only": ("SFT, label only", "#404040", "3"), "sft_answer_first": ("SFT, answer first", "#505050", "4")}
 LOOK = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", font_scale=1.1),
         "font.sans-serif": ["DejaVu Sans"], "axes.edgecolor": "#b0b0b0", "grid.color": "#e6e6e6", "axes.titlesize": 13,
         "axes.titleweight": "bold", "figure.dpi": 80, "savefig.facecolor": "white", "svg.hashsalt": "she-nb",
@@ -59,8 +64,10 @@ TESTS = {"wild": "in the wild", "balanced": "balanced"}
 def arm_look(
     arm: str,                # an arm's name in the records
 ) -> tuple[str, str, str]:   # the name shown, its colour, its marker
-    "How an arm is shown; an arm of your own is black under its own name (palette: Okabe and Ito 2008)."
-    return ARMS.get(arm, (arm, "#000000", "*"))
+    "How an arm is shown; a variant, or an arm of your own, is black under its own name (palette: Okabe and Ito 2008)."
+    rule, _, change = arm.partition("_")
+    name = f"{ARMS[rule][0]}, {change.replace('_', ' ')}" if rule in ARMS else arm
+    return ARMS.get(arm, (name, "#000000", "*"))
 
 # %% ../nbs/13_figures.ipynb #08ae23fb
 def arm_order(
@@ -335,6 +342,7 @@ CURVES |= {
              "not a number; in fine-tuning, a plateau far above 0"),
     "learning_rate": ("Learning rate", "", "the optimizer's step size", "not the schedule that was asked for"),
     "seconds": ("Seconds", "s", "wall time since training began", "ever steeper: memory is short, or responses long"),
+    "value_loss": ("Critic's error", "", "mean squared error of the critic, of PPO alone", "not falling: PPO guides by guesses"),
     "score_seconds": ("Scoring", "s a step", "wall time of parsing, verifying and credit", "not small beside a step"),
     "judge_seconds": ("Judging", "s a step", "wall time of the judge, where steps are sent to one", "not small beside a step"),
     **{f"agreement_{k}": (f"Reward agrees, step {k}", "share", f"rewards of step {k}, cut at one half, that are the truth",
@@ -493,7 +501,8 @@ def credit_said(
             f"gamma {group.get('gamma', 1.0):g}.")
 
 # %% ../nbs/13_figures.ipynb #e3a6e009
-STAGES = {"sft": ("fine-tuning", "#bdbdbd"), "dpo": ("preferences", "#8c6d31"), "train": ("reinforcement", "#0072b2"),
+STAGES = {"sft": ("fine-tuning", "#bdbdbd"), "dpo": ("preferences", "#8c6d31"), "select": ("selection", "#009e73"),
+          "train": ("reinforcement", "#0072b2"),
           "evaluate": ("evaluation", "#f0c05a")}
 
 # %% ../nbs/13_figures.ipynb #d8a5b6b2
@@ -666,6 +675,57 @@ def metrics_table(
         rows.append([arm_look(arm)[0], *(percent(row) for _, row in mine.iterrows())])
     return pd.DataFrame(rows, columns=["Arm", *names.values()])
 
+# %% ../nbs/13_figures.ipynb #7a220244
+STUDIES = {  # question -> arms, the book's own among them
+    "Does each stage of training help?": ("majority", "lexical", "sft_label_only", "sft", "dpo", "srpo_after_sft", "srpo"),
+    "Who should reward the steps?": ("srpo_judge_only", "srpo_verifier_only", "srpo", "srpo_oracle"),
+    "Where should credit go?": ("grpo", "ppo", "grpo_mean", "gdpo", "minimum", "first_error", "step_mask", "graph", "srpo_group",
+                                "srpo_step", "srpo"),
+    "Which prompts should it see?": ("srpo_random", "srpo_rejection", "srpo_steps", "srpo"),
+    "In which order?": ("srpo_single", "srpo_shuffled", "srpo_hard_to_easy", "srpo"),
+    "How far should credit look ahead?": ("srpo_gamma_000", "srpo_gamma_050", "srpo_gamma_070", "srpo_gamma_090", "srpo")}
+STUDY_METRICS = {"balanced/macro_f1": "Macro F1", "balanced/all_steps": "All steps right",
+                 "wild/macro_f1": "Macro F1, in the wild", "wild/all_steps": "All steps right, in the wild"}
+
+def study_table(
+    table: pd.DataFrame,   # a summary
+    question: str,         # a key of STUDIES
+) -> pd.DataFrame:         # a row for each of its arms that ran; empty where fewer than two did
+    "What came of one study, in percent."
+    order = {arm_look(arm)[0]: place for place, arm in enumerate(STUDIES[question])}
+    mine = table[table["arm"].isin(STUDIES[question])]
+    if mine["arm"].nunique() < 2: return pd.DataFrame()
+    return metrics_table(mine, STUDY_METRICS).sort_values("Arm", key=lambda names: names.map(order), ignore_index=True)
+
+# %% ../nbs/13_figures.ipynb #53e620ac
+def studies_block(
+    table: pd.DataFrame,  # a summary
+) -> Block:               # every study with more than one arm that ran
+    "All studies."
+    parts = {question: part for question in STUDIES if len(part := study_table(table, question))}
+    if not parts: return text_block("No study has run yet; `make ablations` runs them.")
+    blocks = [block for question, part in parts.items()
+              for block in (text_block(f"### {question}"), table_block(part, "Balanced test first, in percent."))]
+    return Block("".join(block.html for block in blocks), "\n\n".join(block.markdown for block in blocks))
+
+# %% ../nbs/13_figures.ipynb #b35e1326
+JUDGED = {"policy": "said by the policy", "corrupted": "corrupted", "hard": "hard ones"}
+JUDGE_METRICS = {"accuracy": "Accuracy", "auc": "AUC", "calibration_error": "Calibration error",
+                 "wrong_rewarded": "Wrong, called good", "right_punished": "Right, called bad"}
+
+def judge_rows(
+    records: Iterable[dict],  # run records; the judge's counts
+) -> pd.DataFrame:            # a row for each kind of claim, step and training; empty without a judge
+    "What a judge was worth after fine-tuning and after GRPO, in percent."
+    tables = [read_table(record, "judge.csv") for record in records if record["stage"] == "judge"]
+    rows = [table[table["by"] != "query type"] for table in tables if len(table)]
+    if not rows: return pd.DataFrame()
+    shown = pd.concat(rows)
+    said = lambda value: "" if pd.isna(value) else f"{value:.1%}"  # noqa: E731
+    texts = {title: shown[name].map(said) for name, title in JUDGE_METRICS.items()}
+    return pd.DataFrame({"Claims": shown["claims"].map(JUDGED), "Step": shown["name"], "After": shown["after"].str.upper(),
+                         "Number": shown["n"], **texts}).sort_values(["Claims", "Step", "After"], ascending=[True, True, False])
+
 # %% ../nbs/13_figures.ipynb #7f4fab02
 def tuning_table(
     records: Iterable[dict],  # run records; those of the stage tune count
@@ -688,8 +748,8 @@ def claims_table(
     for row in tested.itertuples():
         arms = " > ".join(arm_look(arm)[0] for arm in row.arms.split(","))
         bounds = f" ({100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f})" if np.isfinite(row.ci_low) else ""
-        rows.append([arms, row.metric, row.seeds, f"{100 * row.effect:+.1f}{bounds}", row.verdict])
-    return pd.DataFrame(rows, columns=["Claim", "Metric", "Seeds", "Difference in points", "Verdict"])
+        rows.append([f"{row.claim} ({row.source})", arms, row.metric, row.seeds, f"{100 * row.effect:+.1f}{bounds}", row.verdict])
+    return pd.DataFrame(rows, columns=["Claim", "Arms", "Metric", "Seeds", "Difference in points", "Verdict"])
 
 # %% ../nbs/13_figures.ipynb #e9f8a496
 def curve_notes(

@@ -275,12 +275,12 @@ def train_rl(
     order: str = "think_first",
     engine: str = "shared",             # "shared": each prompt once for its group; "trl": TRL's own rollout and update
     router: Router | None = None,       # of the rewards; None: the oracle's
+    kind: Callable = StepGRPOTrainer,   # or another trainer on the same rollouts
 ) -> tuple[StepGRPOTrainer, list[dict]]:  # the trainer, and one row for each step
     "GRPO, SRPO or any other registered credit rule: the arms differ in `credit` and `gamma` alone."
-    trainer = StepGRPOTrainer(model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer,
-                              pairs=pairs, credit=credit, gamma=gamma, order=order, router=router,
-                              shared_rollout=engine == "shared", packed_update=engine == "shared",
-                              callbacks=[Progress(SHOWN)])
+    trainer = kind(model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer,
+                   pairs=pairs, credit=credit, gamma=gamma, order=order, router=router,
+                   shared_rollout=engine == "shared", packed_update=engine == "shared", callbacks=[Progress(SHOWN)])
     return trainer, run_training(trainer, config.output_dir)
 
 # %% ../nbs/11_trainers.ipynb #338aa872
