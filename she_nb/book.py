@@ -123,7 +123,7 @@ LIMITS = {"data_seed": (0, 2**31),
 CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
            "reading": ("group", "step", "return"), "engine": ("shared", "trl"),
            "start": ("sft", "dpo"), "reward": ("hybrid", "judge", "verifier", "oracle"),
-           "selection": ("random", "rejection", "steps", "diversified"),
+           "selection": ("random", "rejection", "steps", "diversified", "dynamic"),
            "curriculum": ("single", "easy_to_hard", "hard_to_easy", "shuffled")}
 KINDS = {f.name: f.type for f in fields(Settings) if f.name != "preset"}
 WORDS = {int: "a whole number", float: "a number", str: "a word",

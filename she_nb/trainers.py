@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'SHOWN', 'RENAMED', 'Progress', 'last_checkpoint', 'run_training', 'sft_dataset', 'train_sft',
-           'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'credit_steps', 'credit_metrics',
-           'EpochSampler', 'StepGRPOTrainer', 'rl_config', 'train_rl', 'train_judge', 'curve_rows']
+           'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'credit_steps', 'laid_out',
+           'credit_metrics', 'EpochSampler', 'PromptOrderTrainer', 'StepGRPOTrainer', 'rl_config', 'train_rl',
+           'train_judge', 'curve_rows']
 
 # %% ../nbs/11_trainers.ipynb #c002
 import json
@@ -28,8 +29,22 @@ from .judge import verdict_reward
 from .packing import pack_chains
 from .reward import Router, agreement, step_errors
 from .rollout import takes_any_mask
+from .sampling import DifficultySampler
 from .sharing import SharedPromptTrainer
-from .task import ORDERS, STEPS, Pair, Parsed, StepTruth, parse, prompt, render, response_text, step_ids, token_bytes
+from she_nb.task import (
+    ORDERS,
+    STEPS,
+    Pair,
+    Parsed,
+    StepTruth,
+    atomic_write,
+    parse,
+    prompt,
+    render,
+    response_text,
+    step_ids,
+    token_bytes,
+)
 from .verifier import score
 
 # %% ../nbs/11_trainers.ipynb #c006
@@ -164,6 +179,16 @@ def credit_steps(
     grouped = scores[:, columns].view(-1, group, len(columns))
     return advantage(grouped, credit, gamma, outcome=columns.index(4)).flatten(0, 1)
 
+# %% ../nbs/11_trainers.ipynb #18f4a34a
+def laid_out(
+    steps: Tensor,    # advantages of steps, (responses, steps)
+    places: Tensor,   # the step of each token, (responses, tokens of the longest)
+    mask: Tensor,     # 1 at tokens, (..., at least as many tokens); its leading dimensions hold the responses
+) -> Tensor:          # advantages of tokens, shaped like the mask, 0 where nothing was said
+    "Step advantages as TRL's loss takes them."
+    wide = pad(places, (0, mask.shape[-1] - places.shape[1])).to(mask.device)
+    return to_tokens(steps, wide).view(mask.shape) * mask
+
 # %% ../nbs/11_trainers.ipynb #f30c9081
 def credit_metrics(
     steps: Tensor,    # advantages, (responses, steps in the order of generation)
@@ -190,8 +215,44 @@ class EpochSampler(Sampler):
             for _ in range(self.epoch()): torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
         return iter(self.sampler)
 
+# %% ../nbs/11_trainers.ipynb #e160667b
+class PromptOrderTrainer(SharedPromptTrainer):
+    "Which prompts come when: by epoch, or by difficulty; a run that continues sees what an undisturbed one sees (ours)."
+    def __init__(
+        self,
+        *args,
+        dynamic: bool = False,   # draw prompts by their pass rate so far
+        **kwargs,
+    ):
+        self.dynamic, self.difficulty, self._kept = dynamic, None, None
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        plain, epoch = super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0)
+        if not self.dynamic: return EpochSampler(plain, epoch)
+        self.difficulty = DifficultySampler(plain.num_samples, plain.batch_size, plain.mini_repeat_count, plain.repeat_count,
+                                            self.args.seed, epoch)
+        if self._kept: self.difficulty.load(self._kept)
+        return self.difficulty
+
+    def saw(self, rows: list[int], right: Tensor) -> None:  # rows of this process, answers of all
+        "Tell the sampler what was right."
+        if not (self.difficulty and self.model.training): return
+        asked = self.accelerator.gather(torch.tensor(rows, device=self.accelerator.device))
+        self.difficulty.rates.saw(asked.cpu(), right.nan_to_num(0.0).cpu())
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.difficulty: atomic_write(folder / "difficulty.json", json.dumps(self.difficulty.state()))
+        super()._save_checkpoint(model, trial)   # the trainer's state last: it marks a whole checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        kept = Path(resume_from_checkpoint, "difficulty.json")
+        self._kept = json.loads(kept.read_text()) if kept.is_file() else None
+
 # %% ../nbs/11_trainers.ipynb #c019
-class StepGRPOTrainer(SharedPromptTrainer):
+class StepGRPOTrainer(PromptOrderTrainer):
     "TRL's GRPOTrainer with an advantage for every step of a response (TaoSR-SHE, Eq. 6), and prompts read once for a group."
     def __init__(
         self,
@@ -201,14 +262,11 @@ class StepGRPOTrainer(SharedPromptTrainer):
         gamma: float = 1.0,          # discount per step
         order: str = "think_first",  # a key of ORDERS
         router: Router | None = None,  # from what was said to rewards; None: the oracle's
-        **kwargs,                    # of SharedPromptTrainer and GRPOTrainer
+        **kwargs,                    # of PromptOrderTrainer, SharedPromptTrainer and GRPOTrainer
     ):
         super().__init__(*args, reward_funcs=[outcome_reward], **kwargs)
         self.pairs, self.credit, self.gamma, self.order = pairs, credit, gamma, order
         self.router, self.table = router or Router("oracle", order=order), token_bytes(self.processing_class)
-
-    def _get_train_sampler(self, dataset=None):
-        return EpochSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         "Score and reward every step, keep both for all processes, and give TRL the outcome, (all responses, 1)."
@@ -216,21 +274,19 @@ class StepGRPOTrainer(SharedPromptTrainer):
         parsed, scores, self._places = read_responses(completion_ids_list, [pair.truth for pair in pairs], self.table, self.order)
         routed, rewards = time.perf_counter(), self.router(pairs, parsed, scores)
         self._seconds = {"score_seconds": routed - start, "judge_seconds": time.perf_counter() - routed}
-        formed = torch.tensor([float(not said.malformed) for said in parsed])
-        self._scores, self._formed, self._rewards = (
-            self.accelerator.gather(local.to(self.accelerator.device)) for local in (scores, formed, rewards))
+        here = scores, torch.tensor([float(not said.malformed) for said in parsed]), rewards
+        self._scores, self._formed, self._rewards = (self.accelerator.gather(x.to(self.accelerator.device)) for x in here)
+        self.saw([row["row"] for row in inputs], self._scores[:, 4])
         return self._rewards[:, 4:5].clone()
 
     def _generate_and_score_completions(self, inputs):
         "Rollouts and TRL's bookkeeping, with step advantages, laid out like the response mask, in place of TRL's own."
         output = super()._generate_and_score_completions(inputs)
         start = time.perf_counter()
-        mode = "train" if self.model.training else "eval"
-        group = self.num_generations if mode == "train" else self.num_generations_eval
+        mode, group = ("train", self.num_generations) if self.model.training else ("eval", self.num_generations_eval)
         steps = credit_steps(self._rewards, group, self.credit, self.gamma, self.order)
-        first, mask = self.accelerator.process_index * len(inputs), output["completion_mask"]
-        places = pad(self._places, (0, mask.shape[-1] - self._places.shape[1])).to(mask.device)
-        output["advantages"] = to_tokens(steps[first:first + len(inputs)], places).view(mask.shape) * mask
+        first = self.accelerator.process_index * len(inputs)
+        output["advantages"] = laid_out(steps[first:first + len(inputs)], self._places, output["completion_mask"])
         self._seconds["score_seconds"] += time.perf_counter() - start
         numbers = step_metrics(self._scores, self._formed) | credit_metrics(steps, self._rewards, self._scores, self.order)
         for name, number in (numbers | self._seconds).items(): self._metrics[mode][name].append(number)
@@ -276,10 +332,11 @@ def train_rl(
     engine: str = "shared",             # "shared": each prompt once for its group; "trl": TRL's own rollout and update
     router: Router | None = None,       # of the rewards; None: the oracle's
     kind: Callable = StepGRPOTrainer,   # or another trainer on the same rollouts
+    dynamic: bool = False,              # draw prompts by their pass rate so far
 ) -> tuple[StepGRPOTrainer, list[dict]]:  # the trainer, and one row for each step
     "GRPO, SRPO or any other registered credit rule: the arms differ in `credit` and `gamma` alone."
     trainer = kind(model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer,
-                   pairs=pairs, credit=credit, gamma=gamma, order=order, router=router,
+                   pairs=pairs, credit=credit, gamma=gamma, order=order, router=router, dynamic=dynamic,
                    shared_rollout=engine == "shared", packed_update=engine == "shared", callbacks=[Progress(SHOWN)])
     return trainer, run_training(trainer, config.output_dir)
 
