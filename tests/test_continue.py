@@ -8,6 +8,7 @@ from small import CHAINS, PAIRS, fresh, moved, rows, settings, trainer, weights
 from transformers import TrainerCallback
 
 from she_nb.models import new_model
+from she_nb.ppo import PPOTrainer
 from she_nb.trainers import Progress, StepGRPOTrainer, run_training, sft_dataset, train_rl, train_sft
 
 
@@ -30,15 +31,18 @@ def kill(at):
 
 
 @pytest.mark.parametrize(("at", "changes"), [(3, {}), (4, {}), (7, {}), (9, {}), (7, {"micro_batch": 4}),
-                                             (7, {"num_iterations": 2, "micro_batch": 4}), (7, {"beta": 0.1})], ids=str)
+                                             (7, {"num_iterations": 2, "micro_batch": 4}), (7, {"beta": 0.1}),
+                                             (3, {"dynamic": True}), (7, {"dynamic": True}), (7, {"ppo": True})], ids=str)
 def test_rl_killed_and_continued_is_as_if_never_killed(policy, words, tmp_path, at, changes):
     "Four steps are an epoch, a checkpoint is written after every second step."
+    changes = dict(changes)
     policy.save_pretrained(tmp_path / "policy")
+    dynamic, kind = changes.pop("dynamic", False), PPOTrainer if changes.pop("ppo", False) else StepGRPOTrainer
 
     def make(folder):
         model = str(tmp_path / "policy") if "beta" in changes else fresh(policy, words)
         config = settings(tmp_path / folder, 10, save_strategy="steps", save_steps=2, **changes)
-        return trainer(StepGRPOTrainer, model, words, config)
+        return trainer(kind, model, words, config, dynamic=dynamic)
 
     run_training(whole := make("whole"), tmp_path / "whole")
     killed = make("killed")
