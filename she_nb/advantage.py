@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CREDIT', 'SOURCES', 'DEPENDENTS', 'step_returns', 'normalize', 'credit', 'grpo', 'grpo_mean', 'srpo_group',
-           'srpo_step', 'srpo_return', 'gdpo', 'minimum', 'first_error', 'step_mask', 'graph', 'advantage', 'to_tokens']
+           'srpo_step', 'srpo_return', 'gdpo', 'minimum', 'first_error', 'step_mask', 'graph', 'lambda_grpo',
+           'agreeing', 'advantage', 'to_tokens']
 
 # %% ../nbs/05_advantage.ipynb #c002
 from collections.abc import Callable
@@ -125,6 +126,22 @@ def graph(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
     for k in reversed(range(count)):
         if uses[k]: worth[k] = worth[k] + gamma * sum(worth[j] for j in uses[k]) / len(uses[k])
     return normalize(torch.stack(worth, -1).roll(turned, -1), 1)
+
+# %% ../nbs/05_advantage.ipynb #8aa0a26c
+@credit("lambda_grpo", "lambda-GRPO (2509.21154): GRPO, a token's share divided among the responses that agree so far")
+def lambda_grpo(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
+    "As GRPO; `agreeing` gives the divisor of every token."
+    return grpo(rewards, gamma, outcome)
+
+def agreeing(
+    ids: Tensor,     # tokens of whole groups, (responses, tokens)
+    mask: Tensor,    # 1 at tokens that were said, likewise
+    group: int,      # responses for each prompt
+) -> Tensor:         # how many of its group say the same up to and including each token, itself among them; at least 1
+    "The size of the shared beginning that a token ends."
+    tokens = ids.masked_fill(mask == 0, -1).view(-1, group, ids.shape[1])
+    same = (tokens[:, :, None] == tokens[:, None]).long().cumprod(-1)   # (prompts, group, group, tokens)
+    return same.sum(2).view_as(ids).clamp(min=1)
 
 # %% ../nbs/05_advantage.ipynb #c033
 def advantage(

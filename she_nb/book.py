@@ -75,7 +75,8 @@ class WarmSettings(TaskSettings):
     dpo_beta: float  # how far from the reference
     dpo_sft: float  # weight of the loss of fine-tuning on the preferred answer
     judge_model: str  # of the stepwise reward model: qwen3-tiny (from scratch), or a folder or hub id
-    judge_pairs: int  # annotated pairs whose steps it learns from; as many again give its hard subset
+    judge_pairs: int  # annotated pairs whose steps it learns from
+    judge_hard_pairs: int  # others, among whose steps its hard ones are sought
     judge_steps: int  # optimizer steps of its fine-tuning
     judge_lr: float  # their learning rate
     judge_rl_steps: int  # optimizer steps of GRPO on the hard subset

@@ -7,7 +7,7 @@ __all__ = ['STEP_COLUMNS', 'COLUMNS', 'ALLOWED', 'TIER_METRICS', 'STEP_METRICS',
            'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS', 'CLAIMS', 'check_predictions', 'confusion', 'kappa',
            'tier_metrics', 'outcomes', 'step_metrics', 'metrics', 'bootstrap', 'Interval', 'seed_interval',
            'paired_difference', 'read_records', 'pick', 'read_table', 'curves', 'by_seed', 'summary', 'verdict',
-           'claims']
+           'claims', 'rollouts_to_target']
 
 # %% ../nbs/12_evaluate.ipynb #e99343a5
 import json
@@ -318,3 +318,19 @@ def claims(
             bounds = (found.mean, found.low, found.high)
             rows.append((said, source, f"{arm},{rival}", metric, found.n, *bounds, verdict(found)))
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
+
+# %% ../nbs/12_evaluate.ipynb #14ff8259
+def rollouts_to_target(
+    curves: pd.DataFrame,   # from `curves`
+    arm: str,
+    rival: str,             # whose end is the target
+    metric: str,            # a column of the curves
+    window: int = 5,        # steps of the running mean (ours)
+) -> dict[int, float]:      # by shared seed: share of the rival's rollouts; NaN where the arm never gets there
+    "Rollouts that an arm needs for its rival's final value, as a ratio."
+    of = lambda name: curves[curves["arm"] == name].set_index("step").groupby("seed")[metric]  # noqa: E731
+    ours, theirs, found = dict(list(of(arm))), dict(list(of(rival))), {}
+    for seed in sorted(set(ours) & set(theirs)):
+        target, smooth = theirs[seed].dropna().tail(window).mean(), ours[seed].rolling(window).mean()
+        found[seed] = float(smooth.index[smooth >= target].min()) / theirs[seed].index.max()
+    return found

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ARMS', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 'EXAMPLE_CHAINS', 'EXAMPLE_TITLE', 'ARM_METRICS',
            'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'REASONS', 'TABLE_METRICS', 'STUDIES',
-           'STUDY_METRICS', 'JUDGED', 'JUDGE_METRICS', 'MARKS', 'CSS', 'PAGE', 'arm_look', 'arm_order', 'image', 'save',
-           'canvas', 'example_predictions', 'example_curves', 'example_group', 'example_samples', 'example_records',
-           'arms_figure', 'tier_f1_figure', 'type_f1_figure', 'absent_types', 'step_figure', 'curves_figure',
-           'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table', 'cost_figure', 'percent',
-           'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block', 'escape', 'table_block',
-           'figure_block', 'metrics_table', 'study_table', 'studies_block', 'judge_rows', 'tuning_table',
+           'STUDY_METRICS', 'SOONER', 'JUDGED', 'JUDGE_METRICS', 'MARKS', 'CSS', 'PAGE', 'arm_look', 'arm_order',
+           'image', 'save', 'canvas', 'example_predictions', 'example_curves', 'example_group', 'example_samples',
+           'example_records', 'arms_figure', 'tier_f1_figure', 'type_f1_figure', 'absent_types', 'step_figure',
+           'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table', 'cost_figure',
+           'percent', 'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block', 'escape', 'table_block',
+           'figure_block', 'metrics_table', 'study_table', 'studies_block', 'sooner_said', 'judge_rows', 'tuning_table',
            'claims_table', 'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block',
            'page_parts', 'render_report']
 
@@ -42,6 +42,7 @@ from she_nb.evaluate import (
     pick,
     read_records,
     read_table,
+    rollouts_to_target,
     summary,
 )
 from .task import ORDERS, QUERY_TYPES, STEPS, TIERS, BookError, StepTruth, Wish, atomic_write, parse, render
@@ -707,6 +708,25 @@ def studies_block(
     blocks = [block for question, part in parts.items()
               for block in (text_block(f"### {question}"), table_block(part, "Balanced test first, in percent."))]
     return Block("".join(block.html for block in blocks), "\n\n".join(block.markdown for block in blocks))
+
+# %% ../nbs/13_figures.ipynb #cd71d547
+SOONER = {"all_steps": "all five steps right", "final_accuracy": "right tiers"}
+
+def sooner_said(
+    log: pd.DataFrame,   # curves
+    arm: str = "srpo",
+    rival: str = "grpo",
+) -> str:                # a sentence for each metric of SOONER
+    "How many rollouts an arm needs for its rival's end."
+    said = []
+    for metric, words in SOONER.items():
+        shares = np.array(list(rollouts_to_target(log, arm, rival, metric).values())) if metric in log else np.array([])
+        if not len(shares): continue
+        there = shares[np.isfinite(shares)]
+        reached = f"after {there.mean():.0%} of its rollouts" if len(there) else "never"
+        of = f", in {len(there)} of {len(shares)} seeds" if len(shares) > 1 else ""
+        said.append(f"{arm_look(arm)[0]} has {arm_look(rival)[0]}'s final share of {words} {reached}{of}.")
+    return " ".join(said) or "No two arms that could be compared have left their curves."
 
 # %% ../nbs/13_figures.ipynb #b35e1326
 JUDGED = {"policy": "said by the policy", "corrupted": "corrupted", "hard": "hard ones"}

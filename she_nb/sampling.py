@@ -69,14 +69,14 @@ def choose_rows(
     selection: str = "random",        # one of SELECTIONS
     curriculum: str = "single",       # one of CURRICULA
     seed: int = 0,
-) -> list[int]:                       # places among the pairs, in the order of training
+) -> list[int]:                       # places among the pairs, in the order of training; for dynamic all that survive, as a pool
     "Offline data selection: rejection, then diversity, then order."
     rule = {"steps": "steps", "random": None}.get(selection, "outcome")
     kept = survivors(scores, rule).nonzero().flatten().tolist() if rule else list(range(len(pairs)))
     if not kept: raise BookError(f"selection {selection}: every prompt is unanimous, none is left; ask about more pairs.")
     chance = random.Random(seed)
     chance.shuffle(kept)
-    if selection == "dynamic": return kept   # training draws from them as it goes
+    if selection == "dynamic": return kept
     if curriculum == "single" and selection == "diversified":
         rows = [kept[i] for i in by_quota([pairs[row].query_type for row in kept], size, seed)]
     elif curriculum == "single": rows = kept[:size]

@@ -23,7 +23,7 @@ RELATIONS = ("same", "related", "unrelated")  # of the item's category to the wi
 VERDICTS = ("match", "contradicted", "unknown")  # of one wish (ours; three-valued because sellers omit things)
 QUERY_TYPES = ("plain", "negation", "alternative", "question", "knowledge")  # TaoSR1
 CREDIT_RULES = ("grpo", "grpo_mean", "srpo_group", "srpo_step", "srpo_return", "gdpo", "minimum", "first_error", "step_mask",
-                "graph")  # keys of `advantage.CREDIT`
+                "graph", "lambda_grpo")  # keys of `advantage.CREDIT`
 ORDERS = {"think_first": (0, 1, 2, 3, 4), "answer_first": (4, 0, 1, 2, 3), "label_only": (4,)}
 
 # %% ../nbs/00_task.ipynb #c008

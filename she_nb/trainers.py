@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHARED', 'SHOWN', 'RENAMED', 'Progress', 'last_checkpoint', 'run_training', 'sft_dataset', 'train_sft',
            'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'credit_steps', 'laid_out',
-           'credit_metrics', 'EpochSampler', 'PromptOrderTrainer', 'StepGRPOTrainer', 'rl_config', 'train_rl',
-           'train_judge', 'curve_rows']
+           'credit_metrics', 'EpochSampler', 'PromptOrderTrainer', 'agreeing_here', 'StepGRPOTrainer', 'rl_config',
+           'train_rl', 'train_judge', 'curve_rows']
 
 # %% ../nbs/11_trainers.ipynb #c002
 import json
@@ -24,7 +24,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
-from .advantage import advantage, to_tokens
+from .advantage import advantage, agreeing, to_tokens
 from .judge import verdict_reward
 from .packing import pack_chains
 from .reward import Router, agreement, step_errors
@@ -251,6 +251,19 @@ class PromptOrderTrainer(SharedPromptTrainer):
         kept = Path(resume_from_checkpoint, "difficulty.json")
         self._kept = json.loads(kept.read_text()) if kept.is_file() else None
 
+# %% ../nbs/11_trainers.ipynb #8f44c60f
+def agreeing_here(
+    trainer,          # with an accelerator
+    output: dict,     # of `_generate_and_score_completions`
+    first: int,       # place of this process's first response
+    group: int,
+) -> Tensor:          # like the response mask
+    "`agreeing` for the responses of this process."
+    mask, wide = output["completion_mask"], trainer.accelerator.pad_across_processes
+    ids, said = (trainer.accelerator.gather(wide(value.flatten(0, -2), dim=1)) for value in (output["completion_ids"], mask))
+    own = agreeing(ids, said, group)[first:first + mask.shape[:-1].numel(), :mask.shape[-1]]
+    return own.view(mask.shape)
+
 # %% ../nbs/11_trainers.ipynb #c019
 class StepGRPOTrainer(PromptOrderTrainer):
     "TRL's GRPOTrainer with an advantage for every step of a response (TaoSR-SHE, Eq. 6), and prompts read once for a group."
@@ -287,6 +300,7 @@ class StepGRPOTrainer(PromptOrderTrainer):
         steps = credit_steps(self._rewards, group, self.credit, self.gamma, self.order)
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = laid_out(steps[first:first + len(inputs)], self._places, output["completion_mask"])
+        if self.credit == "lambda_grpo": output["advantages"] /= agreeing_here(self, output, first, group)
         self._seconds["score_seconds"] += time.perf_counter() - start
         numbers = step_metrics(self._scores, self._formed) | credit_metrics(steps, self._rewards, self._scores, self.order)
         for name, number in (numbers | self._seconds).items(): self._metrics[mode][name].append(number)
