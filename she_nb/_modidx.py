@@ -266,6 +266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'she_nb.judge.claims_of': ('judge.html#claims_of', 'she_nb/judge.py'),
                               'she_nb.judge.corrupt': ('judge.html#corrupt', 'she_nb/judge.py'),
                               'she_nb.judge.corruption': ('judge.html#corruption', 'she_nb/judge.py'),
+                              'she_nb.judge.curated': ('judge.html#curated', 'she_nb/judge.py'),
                               'she_nb.judge.dropped_wish': ('judge.html#dropped_wish', 'she_nb/judge.py'),
                               'she_nb.judge.flipped_wish': ('judge.html#flipped_wish', 'she_nb/judge.py'),
                               'she_nb.judge.hard_ones': ('judge.html#hard_ones', 'she_nb/judge.py'),

@@ -7,7 +7,7 @@ __all__ = ['JUDGE_RULES', 'CORRUPTIONS', 'judge_prompt', 'marked', 'reason', 're
            'words_of', 'another', 'corruption', 'other_category', 'wrong_category', 'dropped_wish', 'flipped_wish',
            'other_wish', 'invented_wish', 'wrong_item_category', 'missed_value', 'invented_value', 'wrong_relation',
            'wrong_attribute', 'wrong_tier', 'corrupt', 'claims', 'claim_rows', 'verdict_reward', 'verdict_probability',
-           'Judge', 'load_judge', 'judge_metrics', 'judge_table', 'hard_ones', 'claims_of']
+           'Judge', 'load_judge', 'judge_metrics', 'judge_table', 'hard_ones', 'curated', 'claims_of']
 
 # %% ../nbs/08_judge.ipynb #c002
 import json
@@ -360,6 +360,20 @@ def hard_ones(
     "Claims on which the judge errs, or hesitates."
     good = (None if math.isnan(value) or max(value, 1 - value) < unsure else value >= .5 for value in values)
     return [claim for claim, held in zip(asked, good, strict=True) if held != claim.holds]
+
+# %% ../nbs/08_judge.ipynb #a7f0f5de
+def curated(
+    asked: list[Claim],
+    values: Sequence[float],   # of the judge
+    unsure: float = 0.9,       # as of `hard_ones`
+    seed: int = 0,
+) -> list[Claim]:              # shuffled; hard true, hard false, easy true and easy false ones in equal numbers
+    "What GRPO trains the judge on (TaoSR-SHE names a curated hard subset; how it is curated: ours)."
+    chance, hard = random.Random(seed), {claim.key for claim in hard_ones(asked, values, unsure)}
+    kinds = [[claim for claim in asked if claim.holds == held and (claim.key in hard) == tough]
+             for held in (True, False) for tough in (True, False)]
+    chosen = [claim for kind in kinds for claim in chance.sample(kind, min(map(len, kinds)))]
+    return chance.sample(chosen, len(chosen))
 
 # %% ../nbs/08_judge.ipynb #c055
 def claims_of(
