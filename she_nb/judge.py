@@ -7,7 +7,7 @@ __all__ = ['JUDGE_RULES', 'CORRUPTIONS', 'judge_prompt', 'marked', 'reason', 're
            'words_of', 'another', 'corruption', 'other_category', 'wrong_category', 'dropped_wish', 'flipped_wish',
            'other_wish', 'invented_wish', 'wrong_item_category', 'missed_value', 'invented_value', 'wrong_relation',
            'wrong_attribute', 'wrong_tier', 'corrupt', 'claims', 'claim_rows', 'verdict_reward', 'verdict_probability',
-           'Judge', 'load_judge', 'judge_metrics', 'judge_table', 'hard_ones', 'curated', 'claims_of']
+           'replies', 'Judge', 'load_judge', 'judge_metrics', 'judge_table', 'hard_ones', 'curated', 'claims_of']
 
 # %% ../nbs/08_judge.ipynb #c002
 import json
@@ -270,6 +270,22 @@ def verdict_probability(
     sure = math.exp(sum(logp for logp, stop, i in zip(logps, ends, ids, strict=True) if stop > start and i != end))
     return sure if decided else 1 - sure
 
+# %% ../nbs/08_judge.ipynb #63453f45
+def replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: list[list[int]],   # ids of the pair, equal ones side by side
+    tails: list[list[int]],   # ids of the claim
+    temperature: float,
+    new: int,                 # tokens of an answer at most
+) -> list[tuple[list[int], list[float]]]:  # ids and their log-probabilities
+    "What a judge answers; a model that takes no mask of ours is asked by the library, and its words count as sure."
+    if takes_any_mask(model):
+        draws = torch.rand(len(heads), new, generator=torch.Generator().manual_seed(0))
+        return [(one.ids, one.logps) for one in sample(model, *runs(heads), draws, [tokenizer.eos_token_id], temperature, tails)]
+    joined = [head + tail for head, tail in zip(heads, tails, strict=True)]
+    return [(ids, [0.0] * len(ids)) for ids in library_sample(model, tokenizer, joined, 1, new, temperature)]
+
 # %% ../nbs/08_judge.ipynb #c039
 class Judge:
     "A generative reward model for single steps (TaoSR-SHE)."
@@ -302,14 +318,7 @@ class Judge:
         count, end = max(self.samples, 1), self.tokenizer.eos_token_id
         parts = [judge_prompt(claim.pair, claim.step, claim.text, self.rule) for claim in asked for _ in range(count)]
         heads, tails = (self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in zip(*parts, strict=True))
-        temperature = 1.0 if self.samples else 0.0
-        if takes_any_mask(self.model):
-            draws = torch.rand(len(parts), self.new, generator=torch.Generator().manual_seed(0))
-            said = [(one.ids, one.logps) for one in sample(self.model, *runs(heads), draws, [end], temperature, tails)]
-        else:  # the library tells no likelihoods: a greedy verdict counts as sure
-            joined = [head + tail for head, tail in zip(heads, tails, strict=True)]
-            found = library_sample(self.model, self.tokenizer, joined, 1, self.new, temperature)
-            said = [(ids, [0.0] * len(ids)) for ids in found]
+        said = replies(self.model, self.tokenizer, heads, tails, 1.0 if self.samples else 0.0, self.new)
         sure = np.array([verdict_probability(ids, logps, self.table, end) for ids, logps in said]).reshape(-1, count)
         return (sure >= .5 if self.samples else sure).mean(1).tolist()
 
@@ -367,13 +376,16 @@ def curated(
     values: Sequence[float],   # of the judge
     unsure: float = 0.9,       # as of `hard_ones`
     seed: int = 0,
-) -> list[Claim]:              # shuffled; hard true, hard false, easy true and easy false ones in equal numbers
+) -> list[Claim]:              # shuffled; of each step hard true, hard false, easy true and easy false ones in equal numbers
     "What GRPO trains the judge on (TaoSR-SHE names a curated hard subset; how it is curated: ours)."
     chance, hard = random.Random(seed), {claim.key for claim in hard_ones(asked, values, unsure)}
-    kinds = [[claim for claim in asked if claim.holds == held and (claim.key in hard) == tough]
-             for held in (True, False) for tough in (True, False)]
-    chosen = [claim for kind in kinds for claim in chance.sample(kind, min(map(len, kinds)))]
-    return chance.sample(chosen, len(chosen))
+    kinds: dict[tuple, list] = {}
+    for claim in asked: kinds.setdefault((claim.step, claim.holds, claim.key in hard), []).append(claim)
+    found = []
+    for step in range(5):
+        four = [kinds.get((step, held, tough), []) for held in (True, False) for tough in (True, False)]
+        found += [claim for kind in four for claim in chance.sample(kind, min(map(len, four)))]
+    return chance.sample(found, len(found))
 
 # %% ../nbs/08_judge.ipynb #c055
 def claims_of(
