@@ -117,6 +117,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'she_nb.catalog.terciles': ('catalog.html#terciles', 'she_nb/catalog.py'),
                                 'she_nb.catalog.unique_leaves': ('catalog.html#unique_leaves', 'she_nb/catalog.py')},
             'she_nb.cli': { 'she_nb.cli.Book': ('cli.html#book', 'she_nb/cli.py'),
+                            'she_nb.cli.Book.arms_of': ('cli.html#book.arms_of', 'she_nb/cli.py'),
                             'she_nb.cli.Book.folder': ('cli.html#book.folder', 'she_nb/cli.py'),
                             'she_nb.cli.Book.log': ('cli.html#book.log', 'she_nb/cli.py'),
                             'she_nb.cli.Book.params': ('cli.html#book.params', 'she_nb/cli.py'),

@@ -93,6 +93,7 @@ class Settings(WarmSettings):
     micro_batch: int  # responses in one forward pass; 0 takes all
     rl_lr: float  # its learning rate
     tune_lrs: str  # learning rates that the ablations try for every arm, with commas between
+    tune_steps: int  # optimizer steps of each try
     warmup_steps: int  # steps of linear warm-up
     temperature: float  # of the rollouts
     reading: str  # of Eq. 6, for the arm `srpo`: group, step or return
@@ -102,6 +103,8 @@ class Settings(WarmSettings):
     arms: tuple[str, ...]  # what is compared
     seeds: tuple[int, ...]  # seeds of `she-nb book`
     ablation_seeds: tuple[int, ...]  # seeds of `she-nb ablations`
+    study_arms: tuple[str, ...]  # what the ablations compare besides
+    study_seeds: tuple[int, ...]  # seeds of these, among the ablations'
     eval_batch: int  # prompts decoded at once in evaluation
     selection: str  # of RL's prompts: random, rejection, steps or diversified
     curriculum: str  # single, easy_to_hard, hard_to_easy or shuffled
@@ -208,7 +211,7 @@ def load_settings(
         if key not in given: raise BookError(f"{where}: the key {key} is missing; add it ({WORDS[KINDS[key]]}).")
     settings = Settings(preset, **{key: _checked(where, key, given[key]) for key in KINDS})
     known = ("srpo", "dpo", *CREDIT_RULES, *VARIANTS)
-    if unknown := sorted(set(settings.arms) - set(known)):
+    if unknown := sorted({*settings.arms, *settings.study_arms} - set(known)):
         raise BookError(f"{where}: there is no arm {unknown[0]}; there are {', '.join(known)}.")
     if settings.hidden_size % (2 * settings.heads):
         raise BookError(f"{where}: heads = {settings.heads} does not divide hidden_size = {settings.hidden_size}.")

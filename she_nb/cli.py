@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from she_nb.book import (
@@ -55,7 +55,12 @@ class Book:
     catalog: str = ""  # path of the user's catalogue; "" is the embedded one
     work: Path = Path("work")  # checkpoints, executed notebooks and logs go to work/<name>
     reports: Path = Path("reports")  # records and the report go to reports/<name>
-    studies: bool = False  # whether the learning rates are searched as well
+    studies: bool = False  # whether the learning rates are searched and the arms of the studies run as well
+
+    def arms_of(self, seed: int) -> tuple[str, ...]:
+        "What is compared with this seed."
+        more = self.settings.study_arms if self.studies and seed in self.settings.study_seeds else ()
+        return tuple(dict.fromkeys([*self.arms, *more]))
 
     def folder(self, key: str) -> Path: return self.work / self.name / key
     def record(self, key: str) -> Path: return self.reports / self.name / "runs" / key
@@ -70,7 +75,7 @@ def open_book(
     preset: str = "tiny",  # section of settings.ini
     name: str = "",  # default: "book", or "book-<file>" with a catalogue
     catalog: str = "",  # CSV, JSONL or Parquet; "" for the embedded one
-    studies: bool = False,  # take the seeds from `ablation_seeds`
+    studies: bool = False,  # take the seeds from `ablation_seeds`, and the arms of the studies as well
     work: str = "",  # default: SHE_NB_WORK, else work/ beside settings.ini
     reports: str = "",  # default: SHE_NB_REPORTS, else reports/
     **overrides,  # settings to replace, e.g. rl_steps=2
@@ -148,7 +153,7 @@ class Plan:
         begin, more = models[own.start], {}
         if own.reward == "judge" or own.reward == "hybrid" and credit not in ("grpo", "ppo"):  # these look at the tier
             first = self.runs[run_key("sft", "sft", self.book.seeds[0])]  # one judge for all seeds, as there is one verifier
-            more["judge_dir"] = self.add("judge", "all", 0, own.threads_sft, data_dir=data, model_dir=first)
+            more["judge_dir"] = self.add("judge", "all", 0, own.threads_train, data_dir=data, model_dir=first)
         if (own.selection, own.curriculum) != ("random", "single"):
             name = f"{own.selection}_{own.curriculum}_{own.start}"
             more["select_dir"] = self.add("select", name, seed, own.threads_train, own, data_dir=data, model_dir=begin)
@@ -160,21 +165,22 @@ def plan(
 ) -> list[Run]:  # in an order in which they could run one by one
     "Every run of a book (ours)."
     plan, settings = Plan(book), book.settings
-    starts = {variant(settings, arm)[1].start for arm in book.arms} | set(book.arms) & {"dpo"}
     data = plan.add("data", "all", 0)
     for seed in book.seeds:
-        models = {"sft": plan.add("sft", "sft", seed, settings.threads_sft, data_dir=data)}
+        models, arms = {"sft": plan.add("sft", "sft", seed, settings.threads_sft, data_dir=data)}, book.arms_of(seed)
+        starts = {variant(settings, arm)[1].start for arm in arms} | set(arms) & {"dpo"}
         if "dpo" in starts: models["dpo"] = plan.add("dpo", "dpo", seed, data_dir=data, model_dir=models["sft"])
-        for arm in book.arms:
+        for arm in arms:
             if arm != "dpo" and (run := plan.arm(arm, seed, models, data)): models = models | {arm: run}
-        for arm in dict.fromkeys([*models, *book.arms]):
+        for arm in dict.fromkeys([*models, *arms]):
             made, own = {"model_dir": models[arm]} if arm in models else {}, variant(settings, arm)[1]
             plan.add("evaluate", arm, seed, settings=own, data_dir=data, **made)
     if book.studies:
         first = plan.runs[run_key("sft", "sft", book.seeds[0])]
-        for arm in book.arms:
+        for arm in dict.fromkeys(arm for seed in book.seeds for arm in book.arms_of(seed)):
             if arm in ("srpo", *CREDIT_RULES):
-                plan.add("tune", arm, TUNE_SEED, settings.threads_train, data_dir=data, model_dir=first)
+                tried = replace(settings, rl_steps=settings.tune_steps)
+                plan.add("tune", arm, TUNE_SEED, settings.threads_train, tried, data_dir=data, model_dir=first)
     plan.add("report", "all", 0, **dict(plan.runs))
     return list(plan.runs.values())
 
@@ -533,7 +539,7 @@ def parser() -> Parser:
             one.add_argument(f"--{folder}", default="", help=f"use this folder as {folder}/")
     stage = commands.add_parser("stage", help="run one stage notebook", description="run one stage notebook")
     stage.set_defaults(run=stage_command)
-    stage.add_argument("stage", help="data, sft, dpo, select, train, tune, evaluate, report")
+    stage.add_argument("stage", help="data, sft, dpo, judge, select, train, tune, evaluate, report")
     for option in ("--params-file", "--output", "--log"): stage.add_argument(option, default="")
     for one in commands.choices.values():
         one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")

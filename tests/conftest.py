@@ -1,4 +1,4 @@
-"""What the tests share: the command in a subprocess, a desk of its own for every test, and five toy stages."""
+"""What the tests share: the command in a subprocess, a desk of its own for every test, and toy stages."""
 import os
 import subprocess
 import sys
@@ -12,7 +12,10 @@ COMMON = "arm, seed, preset = 'srpo', 0, 'micro'\nout = record = inputs = ''\n"
 DECLARED = {
     "data": "catalog = ''\ndata_seed = 0",
     "sft": "sft_lr = 1e-3\ndata_dir = ''",
-    "train": "rl_lr = 2e-4\ndata_dir = model_dir = ''",
+    "dpo": "dpo_lr = 1e-4\ndata_dir = model_dir = ''",
+    "judge": "judge_lr = 1e-3\ndata_dir = model_dir = ''",
+    "select": "curriculum = ''\ndata_dir = model_dir = ''",
+    "train": "rl_lr = 2e-4\ndata_dir = model_dir = select_dir = judge_dir = ''",
     "evaluate": "data_dir = model_dir = ''",
     "report": "reports = ''",
 }

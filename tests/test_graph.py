@@ -9,7 +9,7 @@ from conftest import ROOT, refused, write_stages
 from she_nb.book import read_record
 from she_nb.cli import open_book, plan
 
-BOOK = "book", "--preset", "micro"
+BOOK = ("book", "--preset", "micro", "-p", "start", "sft", "-p", "reward", "oracle", "-p", "curriculum", "single")  # eight runs
 
 
 def stamps(desk): return {path: path.stat().st_mtime_ns for path in desk.reports.rglob("run.json")}
@@ -58,6 +58,9 @@ def test_real_stages_fit_the_settings(preset):
     if not (ROOT / "nbs/stages/train.ipynb").exists(): pytest.skip("the stage notebooks are not here")
     book = open_book(preset, studies=True)
     runs = plan(book)
-    searches = len(book.arms)  # of learning rates, one for each arm
-    assert len(runs) == 2 + searches + len(book.seeds) * (2 + 2 * len(book.arms))
+    keys = [run.key for run in runs]
+    assert len(set(keys)) == len(keys)
+    for seed in book.seeds:
+        assert {f"evaluate-{arm}-s{seed}" for arm in ("sft", "dpo", *book.arms_of(seed))} <= set(keys)
+    assert {run.stage for run in runs} == {"data", "sft", "dpo", "judge", "select", "train", "tune", "evaluate", "report"}
     assert runs[-1].stage == "report" and set(runs[-1].needs) == {run.key for run in runs[:-1]}
