@@ -191,7 +191,9 @@ def example_records(
         table, log = example_predictions(EXAMPLE_CHANCES[arm], rng), example_curves(arm, rng)
         for stage in ("sft" if arm == "sft" else "train", "evaluate"):
             run, last = Path(folder) / f"runs/{stage}-{arm}-s{seed}", stage == "evaluate"
-            record = {"stage": stage, "arm": arm, "seed": seed, "preset": "example", "parameters": {"gamma": 1.0},
+            inputs = {f"{'sft' if arm == 'sft' else 'train'}-{arm}-s{seed}": ""} if last else {f"sft-sft-s{seed}": ""}
+            record = {"stage": stage, "arm": arm, "seed": seed, "preset": "example",
+                      "parameters": {"gamma": 1.0, "inputs": {} if stage == "sft" else inputs},
                       "metrics": metrics(table) | bootstrap(table, n=200) if last else {"loss": .2},
                       "seconds": 20. + 100 * (not last) + number, "peak_rss_mb": 1000, "device": "imagined",
                       "commit": "0" * 40, "dirty": False, "versions": {"she-nb": "example"}}
@@ -502,19 +504,25 @@ def credit_said(
             f"gamma {group.get('gamma', 1.0):g}.")
 
 # %% ../nbs/13_figures.ipynb #e3a6e009
-STAGES = {"sft": ("fine-tuning", "#bdbdbd"), "dpo": ("preferences", "#8c6d31"), "select": ("selection", "#009e73"),
-          "train": ("reinforcement", "#0072b2"),
+STAGES = {"sft": ("fine-tuning", "#bdbdbd"), "dpo": ("preferences", "#8c6d31"), "judge": ("judge", "#cc79a7"),
+          "select": ("selection", "#009e73"), "train": ("reinforcement", "#0072b2"),
           "evaluate": ("evaluation", "#f0c05a")}
 
 # %% ../nbs/13_figures.ipynb #d8a5b6b2
 def cost_table(
     records: Iterable[dict],   # run records
 ) -> pd.DataFrame:             # index arm, a column for each stage of `STAGES` that ran; mean seconds over seeds
-    "Seconds of every arm by stage; all arms begin with the same fine-tuning, which each is charged for."
-    runs = pd.DataFrame([(r["stage"], r["arm"], r["seconds"]) for r in records if r["stage"] in STAGES],
-                        columns=["stage", "arm", "seconds"])
+    "Seconds of every evaluated arm by stage; what several arms build on is charged to each, once a seed."
+    by_key, rows = {Path(r["folder"]).name: r for r in records}, []
+    for record in pick(by_key.values(), "evaluate"):
+        found, queue = {}, [Path(record["folder"]).name]
+        while queue:
+            if (key := queue.pop()) in found or key not in by_key: continue
+            found[key] = by_key[key]
+            queue += by_key[key].get("parameters", {}).get("inputs", {})
+        rows += [(record["arm"], record["seed"], r["stage"], r["seconds"]) for r in found.values() if r["stage"] in STAGES]
+    runs = pd.DataFrame(rows, columns=["arm", "seed", "stage", "seconds"]).groupby(["arm", "seed", "stage"]).sum().reset_index()
     table = runs.pivot_table(index="arm", columns="stage", values="seconds").reindex(arm_order(runs["arm"]))
-    if "sft" in table: table["sft"] = table["sft"].fillna(table["sft"].get("sft", np.nan))
     return table[[stage for stage in STAGES if stage in table]].fillna(0.)
 
 # %% ../nbs/13_figures.ipynb #95d5445e
