@@ -9,6 +9,7 @@ __all__ = ['END', 'PAD', 'INIT', 'train_tokenizer', 'corpus', 'new_model', 'load
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -76,7 +77,7 @@ def load_policy(
     name: str | Path,              # a folder, or an id on a hub
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "A causal model and its tokenizer, padded on the left; what cannot be opened raises `BookError`."
+    "A causal model, on this process's device, and its tokenizer, padded on the left; what cannot be opened raises `BookError`."
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
@@ -84,4 +85,4 @@ def load_policy(
         raise BookError(f"{name}: no model can be opened here ({str(error).splitlines()[0][:120]}); "
                         "give a folder with config.json, tokenizer.json and safetensors, or a hub id.") from error
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return model.eval().to(PartialState().device), tokenizer

@@ -125,6 +125,7 @@ class DifficultySampler(Sampler):
         seed: int,
         epoch: Callable[[], int],   # which pass over the data begins
     ):
+        if size < batch: raise BookError(f"dynamic sampling has {size} prompts and a step asks {batch}; ask about more pairs.")
         self.size, self.batch, self.group, self.repeat, self.seed, self.epoch = size, batch, group, repeat, seed, epoch
         self.rates, self.drawn = PassRates(size), {}
 
