@@ -283,7 +283,7 @@ def read_record(
         raise BookError(f"The record {path} is broken; delete it and run the book again.") from None
 
 # %% ../nbs/14_book.ipynb #5ea4dcdc
-PLACES = ("out", "record", "inputs", "data_dir", "model_dir", "select_dir", "reports", "preset")
+PLACES = ("out", "record", "inputs", "data_dir", "model_dir", "select_dir", "judge_dir", "reports", "preset")
 VERSIONED = ("torch", "trl", "transformers", "peft", "accelerate", "she-nb")
 
 # %% ../nbs/14_book.ipynb #fabfbd6f

@@ -704,7 +704,10 @@ def study_table(
     order = {arm_look(arm)[0]: place for place, arm in enumerate(STUDIES[question])}
     mine = table[table["arm"].isin(STUDIES[question])]
     if mine["arm"].nunique() < 2: return pd.DataFrame()
-    return metrics_table(mine, STUDY_METRICS).sort_values("Arm", key=lambda names: names.map(order), ignore_index=True)
+    shown = metrics_table(mine, STUDY_METRICS)
+    seeds = {arm_look(arm)[0]: most for arm, most in mine.groupby("arm")["seeds"].max().items()}
+    shown.insert(1, "Seeds", shown["Arm"].map(seeds))
+    return shown.sort_values("Arm", key=lambda names: names.map(order), ignore_index=True)
 
 # %% ../nbs/13_figures.ipynb #53e620ac
 def studies_block(
