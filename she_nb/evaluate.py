@@ -285,6 +285,7 @@ CLAIMS = {  # (better, worse) -> what is claimed, and by whom
     ("srpo", "srpo_random"): ("selected prompts beat random ones", "paper"),
     ("srpo", "srpo_single"): ("two stages beat one", "paper"),
     ("srpo", "srpo_after_sft"): ("preferences before reinforcement help", "paper"),
+    ("srpo", "dpo"): ("reinforcement adds to preferences", "ours"),
     ("dpo", "sft"): ("preferences improve the fine-tuned judge", "paper"),
     ("srpo", "srpo_verifier_only"): ("judging the open-ended steps helps", "ours"),
     ("srpo_oracle", "srpo"): ("a perfect judge would add something", "ours"),

@@ -519,7 +519,7 @@ def cost_table(
         while queue:
             if (key := queue.pop()) in found or key not in by_key: continue
             found[key] = by_key[key]
-            queue += by_key[key].get("parameters", {}).get("inputs", {})
+            if found[key]["stage"] != "judge": queue += found[key].get("parameters", {}).get("inputs", {})  # its policy is a test
         rows += [(record["arm"], record["seed"], r["stage"], r["seconds"]) for r in found.values() if r["stage"] in STAGES]
     runs = pd.DataFrame(rows, columns=["arm", "seed", "stage", "seconds"]).groupby(["arm", "seed", "stage"]).sum().reset_index()
     table = runs.pivot_table(index="arm", columns="stage", values="seconds").reindex(arm_order(runs["arm"]))
@@ -544,7 +544,7 @@ def cost_figure(
         ax.set_yticks(range(len(table)), [arm_look(arm)[0] for arm in table.index])
         ax.set(xlabel="seconds", xlim=(0, 1.12 * left.max()), ylim=(len(table) - .5, -.5))
         ax.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=len(table.columns))
+        figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 # %% ../nbs/13_figures.ipynb #5c644073
