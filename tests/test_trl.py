@@ -126,6 +126,10 @@ def by_hand(batch, inputs, words, credit, gamma=1.0):
     steps = advantage(torch.tensor(scores).view(-1, 4, 5), credit, gamma).flatten(0, 1)
     expected = torch.zeros(mask.shape)
     for i, each in enumerate(ids): expected[i, :len(each)] = steps[i][torch.tensor(owners(each, words))]
+    if credit == "lambda_grpo":  # a token's share is divided among those of its group that agree up to it
+        for i, each in enumerate(ids):
+            group = ids[i - i % 4:][:4]
+            for t in range(len(each)): expected[i, t] /= sum(other[:t + 1] == each[:t + 1] for other in group)
     return expected
 
 
