@@ -24,6 +24,6 @@ for run in todo:
         input: what["input"]
         output: what["output"]
         threads: run.threads
-        priority: {"judge": 300, "tune": 200, "train": 100}.get(run.stage, 0) - run.seed  # early seeds first, so that there is early news
+        priority: {"judge": 300, "train": 100, "tune": -100}.get(run.stage, 0) - run.seed  # early seeds first, so that there is early news
         params: command=what["command"]
         shell: "exec {params.command}"

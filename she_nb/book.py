@@ -76,6 +76,7 @@ class WarmSettings(TaskSettings):
     dpo_sft: float  # weight of the loss of fine-tuning on the preferred answer
     judge_model: str  # of the stepwise reward model: qwen3-tiny (from scratch), or a folder or hub id
     judge_pairs: int  # annotated pairs whose steps it learns from
+    judge_share: float  # of these that it gets to see
     judge_hard_pairs: int  # others, among whose steps its hard ones are sought
     judge_steps: int  # optimizer steps of its fine-tuning
     judge_lr: float  # their learning rate
@@ -103,14 +104,20 @@ class Settings(WarmSettings):
     arms: tuple[str, ...]  # what is compared
     seeds: tuple[int, ...]  # seeds of `she-nb book`
     ablation_seeds: tuple[int, ...]  # seeds of `she-nb ablations`
-    study_arms: tuple[str, ...]  # what the ablations compare besides
+    study_arms: tuple[str, ...]  # what the ablations compare besides, for the paper's claims
     study_seeds: tuple[int, ...]  # seeds of these, among the ablations'
+    question_arms: tuple[str, ...]  # what they compare for questions that the paper leaves open
+    question_seeds: tuple[int, ...]  # seeds of these
     eval_batch: int  # prompts decoded at once in evaluation
     selection: str  # of RL's prompts: random, rejection, steps or diversified
     curriculum: str  # single, easy_to_hard, hard_to_easy or shuffled
     start: str  # what RL begins with: sft or dpo
     reward: str  # who rewards the steps: hybrid, judge, verifier or oracle
     judge_samples: int  # 0: probability of the judge's verdict; n: mean of n sampled verdicts
+    judge_flip: float  # share of the judge's verdicts that are turned round
+    refill: int  # rounds of dynamic sampling that ask others in place of prompts whose answers agree
+    watch_every: int  # steps between two looks at held-out pairs
+    watch_pairs: int  # how many of them
     select_pairs: int  # pairs that the policy is asked about beforehand
     select_samples: int  # answers to each
     engine: str  # of rollouts and updates: shared, or trl
@@ -122,7 +129,8 @@ LIMITS = {"data_seed": (0, 2**31),
           "micro_batch": (0, 10**6), "vocab_size": (300, 10**6), "group_size": (2, 1024), "warmup_steps": (0, 10**6),
           "dpo_samples": (2, 1024), "select_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100),
           "dpo_sft": (0, 100), "judge_lr": (1e-8, 1), "judge_rl_lr": (1e-8, 1),
-          "judge_unsure": (0.5, 1), "judge_samples": (0, 1024), "sft_lr": (1e-8, 1), "rl_lr": (1e-8, 1),
+          "judge_unsure": (0.5, 1), "judge_samples": (0, 1024), "judge_flip": (0, 1), "judge_share": (0.001, 1),
+          "refill": (0, 100), "watch_every": (0, 10**6), "watch_pairs": (1, 10**6), "sft_lr": (1e-8, 1), "rl_lr": (1e-8, 1),
           "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10), "clip_epsilon": (0.001, 1)}
 CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
            "reading": ("group", "step", "return"), "engine": ("shared", "trl"),
@@ -176,7 +184,9 @@ VARIANTS = {  # arm -> its credit rule, and what differs from the preset (ours)
     "sft_label_only": ("sft", {"order": "label_only"}), "sft_answer_first": ("sft", {"order": "answer_first"}),
     "majority": ("floor", {"order": "label_only"}), "lexical": ("floor", {"order": "label_only"}),
     **{f"srpo_{name}": ("srpo", {"selection": name, "curriculum": "single"}) for name in CHOICES["selection"]},
-    **{f"srpo_{name}": ("srpo", {"curriculum": name}) for name in CHOICES["curriculum"]},
+    **{f"srpo_{name}": ("srpo", {"curriculum": name}) for name in CHOICES["curriculum"] if name != "single"},
+    **{f"srpo_judge_{share:03}": ("srpo", {"judge_share": share / 100}) for share in (5, 20)},
+    **{f"srpo_flip_{share:03}": ("srpo", {"judge_flip": share / 100}) for share in (10, 30)},
     **{f"srpo_gamma_{int(100 * gamma):03}": ("srpo", {"gamma": gamma}) for gamma in (0.0, 0.5, 0.7, 0.9)}}
 
 def variant(
@@ -211,7 +221,7 @@ def load_settings(
         if key not in given: raise BookError(f"{where}: the key {key} is missing; add it ({WORDS[KINDS[key]]}).")
     settings = Settings(preset, **{key: _checked(where, key, given[key]) for key in KINDS})
     known = ("srpo", "dpo", *CREDIT_RULES, *VARIANTS)
-    if unknown := sorted({*settings.arms, *settings.study_arms} - set(known)):
+    if unknown := sorted({*settings.arms, *settings.study_arms, *settings.question_arms} - set(known)):
         raise BookError(f"{where}: there is no arm {unknown[0]}; there are {', '.join(known)}.")
     if settings.hidden_size % (2 * settings.heads):
         raise BookError(f"{where}: heads = {settings.heads} does not divide hidden_size = {settings.hidden_size}.")
@@ -283,7 +293,8 @@ def read_record(
         raise BookError(f"The record {path} is broken; delete it and run the book again.") from None
 
 # %% ../nbs/14_book.ipynb #5ea4dcdc
-PLACES = ("out", "record", "inputs", "data_dir", "model_dir", "select_dir", "judge_dir", "reports", "preset")
+PLACES = ("out", "record", "inputs", "data_dir", "model_dir", "ask_dir", "select_dir", "judge_dir", "reports", "preset",
+          "watch_every", "watch_pairs")  # and what only looks on
 VERSIONED = ("torch", "trl", "transformers", "peft", "accelerate", "she-nb")
 
 # %% ../nbs/14_book.ipynb #fabfbd6f

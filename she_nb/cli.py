@@ -59,8 +59,9 @@ class Book:
 
     def arms_of(self, seed: int) -> tuple[str, ...]:
         "What is compared with this seed."
-        more = self.settings.study_arms if self.studies and seed in self.settings.study_seeds else ()
-        return tuple(dict.fromkeys([*self.arms, *more]))
+        own = self.settings
+        more = own.study_arms * (seed in own.study_seeds) + own.question_arms * (seed in own.question_seeds)
+        return tuple(dict.fromkeys([*self.arms, *(more if self.studies else ())]))
 
     def folder(self, key: str) -> Path: return self.work / self.name / key
     def record(self, key: str) -> Path: return self.reports / self.name / "runs" / key
@@ -107,7 +108,7 @@ class Run:
     @property
     def key(self) -> str: return run_key(self.stage, self.arm, self.seed)
     @property
-    def keeps(self) -> bool: return self.stage in ("data", "sft", "dpo", "judge", "select", "train")  # leaves what others read
+    def keeps(self) -> bool: return self.stage not in ("judge_test", "tune", "evaluate", "report")  # leaves what others read
 
 # %% ../nbs/14b_cli.ipynb #273d7ac4
 def make_run(
@@ -145,6 +146,14 @@ class Plan:
         run = make_run(self.book, stage, arm, seed, threads, needs, settings)
         return self.runs.setdefault(run.key, run)
 
+    def judge(self, own: Settings, data: Run) -> Run:
+        "One judge for all seeds, as there is one verifier; and its test on what the first fine-tuned model says."
+        share = "all" if own.judge_share == 1 else f"share_{100 * own.judge_share:03.0f}"
+        judge, first = self.add("judge", share, 0, own.threads_train, own, data_dir=data), self.book.seeds[0]
+        self.add("judge_test", share, 0, own.threads_train, own, data_dir=data, judge_dir=judge,
+                 model_dir=self.runs[run_key("sft", "sft", first)])
+        return judge
+
     def arm(self, arm: str, seed: int, models: dict[str, Run], data: Run) -> Run | None:
         "An arm with what it needs; None where nothing is trained."
         credit, own = variant(self.book.settings, arm)
@@ -152,11 +161,11 @@ class Plan:
         if credit == "sft": return self.add("sft", arm, seed, own.threads_sft, own, data_dir=data)
         begin, more = models[own.start], {}
         if own.reward == "judge" or own.reward == "hybrid" and credit not in ("grpo", "ppo"):  # these look at the tier
-            first = self.runs[run_key("sft", "sft", self.book.seeds[0])]  # one judge for all seeds, as there is one verifier
-            more["judge_dir"] = self.add("judge", "all", 0, own.threads_train, data_dir=data, model_dir=first)
+            more["judge_dir"] = self.judge(own, data)
         if (own.selection, own.curriculum) != ("random", "single"):
+            asked = self.add("ask", own.start, seed, own.threads_train, data_dir=data, model_dir=begin)
             name = f"{own.selection}_{own.curriculum}_{own.start}"
-            more["select_dir"] = self.add("select", name, seed, own.threads_train, own, data_dir=data, model_dir=begin)
+            more["select_dir"] = self.add("select", name, seed, own.threads_train, own, data_dir=data, ask_dir=asked)
         return self.add("train", arm, seed, own.threads_train, own, data_dir=data, model_dir=begin, **more)
 
 # %% ../nbs/14b_cli.ipynb #099a3d59

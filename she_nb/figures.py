@@ -505,7 +505,7 @@ def credit_said(
 
 # %% ../nbs/13_figures.ipynb #e3a6e009
 STAGES = {"sft": ("fine-tuning", "#bdbdbd"), "dpo": ("preferences", "#8c6d31"), "judge": ("judge", "#cc79a7"),
-          "select": ("selection", "#009e73"), "train": ("reinforcement", "#0072b2"),
+          "ask": ("asking", "#56b4e9"), "select": ("selection", "#009e73"), "train": ("reinforcement", "#0072b2"),
           "evaluate": ("evaluation", "#f0c05a")}
 
 # %% ../nbs/13_figures.ipynb #d8a5b6b2
@@ -519,7 +519,7 @@ def cost_table(
         while queue:
             if (key := queue.pop()) in found or key not in by_key: continue
             found[key] = by_key[key]
-            if found[key]["stage"] != "judge": queue += found[key].get("parameters", {}).get("inputs", {})  # its policy is a test
+            queue += found[key].get("parameters", {}).get("inputs", {})
         rows += [(record["arm"], record["seed"], r["stage"], r["seconds"]) for r in found.values() if r["stage"] in STAGES]
     runs = pd.DataFrame(rows, columns=["arm", "seed", "stage", "seconds"]).groupby(["arm", "seed", "stage"]).sum().reset_index()
     table = runs.pivot_table(index="arm", columns="stage", values="seconds").reindex(arm_order(runs["arm"]))
@@ -748,7 +748,8 @@ def judge_rows(
     records: Iterable[dict],  # run records; the judge's counts
 ) -> pd.DataFrame:            # a row for each kind of claim, step and training; empty without a judge
     "What a judge was worth after fine-tuning and after GRPO, in percent."
-    tables = [read_table(record, "judge.csv") for record in records if record["stage"] == "judge"]
+    tables = [read_table(record, "judge.csv") for record in records
+              if record["stage"] in ("judge", "judge_test") and record["arm"] == "all"]
     rows = [table[table["by"] != "query type"] for table in tables if len(table)]
     if not rows: return pd.DataFrame()
     shown = pd.concat(rows)

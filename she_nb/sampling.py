@@ -12,6 +12,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -138,6 +139,14 @@ class DifficultySampler(Sampler):
             chosen = torch.multinomial(self.rates.weights(), self.batch, generator=chance).tolist()
             self.drawn = {old: rows for old, rows in self.drawn.items() if old > number - 4} | {number: chosen}
         return self.drawn[number]
+
+    def others(self, number: int, turn: int, count: int, asked: set[int]) -> list[int]:  # fewer where few are left
+        "Prompts in place of some of batch `number` that taught nothing."
+        weights = self.rates.weights()
+        weights[list(asked)] = 0
+        chance = torch.Generator().manual_seed(crc32(f"{self.seed} {number} {turn}".encode()))
+        count = min(count, int((weights > 0).sum()))
+        return torch.multinomial(weights, count, generator=chance).tolist() if count else []
 
     def __iter__(self) -> Iterator[int]:
         batches = self.size // self.batch

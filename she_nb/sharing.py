@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from .packing import packed_logps
-from .rollout import sample, takes_any_mask
+from .rollout import Sampled, sample, takes_any_mask
 
 # %% ../nbs/07c_sharing.ipynb #c005
 def runs(
@@ -61,7 +61,7 @@ def only_temperature(
 class SharedRolloutTrainer(GRPOTrainer):
     "TRL's GRPOTrainer, each prompt read once for its group in the rollout (ours)."
     def __init__(self, *args, shared_rollout: bool = True, **kwargs):
-        self.shared_rollout, self._old_logps, self._turn = shared_rollout, None, ("", 0)
+        self.shared_rollout, self._old_logps, self._turn, self._answered = shared_rollout, None, ("", 0), None
         super().__init__(*args, **kwargs)
 
     def shares(self, wanted: bool) -> bool:
@@ -75,16 +75,20 @@ class SharedRolloutTrainer(GRPOTrainer):
         whole = named_draws(" ".join(map(str, self._turn)), rows * self.accelerator.num_processes, self.max_completion_length)
         return whole[rows * self.accelerator.process_index:][:rows]
 
-    def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
-        "Ids and log-probabilities of every response."
-        if images is not None or not self.shares(self.shared_rollout) or not only_temperature(self):
-            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+    def rollout(self, prompt_ids: list[list[int]]) -> list[Sampled]:  # one for each prompt, equal prompts side by side
+        "Ask the policy."
         draws = self.draws(len(prompt_ids))
         unwrapped = unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs)
         with unwrapped as model, self._dist.summon_full_params(self.model_wrapped, recurse=False), self.accelerator.autocast():
-            said = sample(model, *runs(prompt_ids), draws, self.eos_token_ids, self.temperature)
+            return sample(model, *runs(prompt_ids), draws, self.eos_token_ids, self.temperature)
+
+    def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
+        "Ids and log-probabilities of every response, unless they are there already."
+        if images is not None or not self.shares(self.shared_rollout) or not only_temperature(self):
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        said, self._answered = self._answered or self.rollout(prompt_ids), None
         updates = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % updates:  # TRL will ask for the old log-probabilities
             self._old_logps = pad_sequence([torch.tensor(one.logps) for one in said], batch_first=True)

@@ -42,7 +42,7 @@ def test_rl_killed_and_continued_is_as_if_never_killed(policy, words, tmp_path, 
     def make(folder):
         model = str(tmp_path / "policy") if "beta" in changes else fresh(policy, words)
         config = settings(tmp_path / folder, 10, save_strategy="steps", save_steps=2, **changes)
-        return trainer(kind, model, words, config, dynamic=dynamic)
+        return trainer(kind, model, words, config, dynamic=dynamic, refill=1)
 
     run_training(whole := make("whole"), tmp_path / "whole")
     killed = make("killed")
