@@ -30,7 +30,8 @@ benchmark: .venv/.book
 
 test: .venv/.test
 	$(BIN)/ruff check
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	@rm -rf work/made
+	SHE_NB_MADE="$(CURDIR)/work/made" OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests
 
 lab: .venv/.book

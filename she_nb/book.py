@@ -11,6 +11,7 @@ __all__ = ['LIMITS', 'CHOICES', 'KINDS', 'WORDS', 'VARIANTS', 'PLACES', 'VERSION
 
 # %% ../nbs/14_book.ipynb #fc81721e
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -104,10 +105,10 @@ class Settings(WarmSettings):
     arms: tuple[str, ...]  # what is compared
     seeds: tuple[int, ...]  # seeds of `she-nb book`
     ablation_seeds: tuple[int, ...]  # seeds of `she-nb ablations`
-    study_arms: tuple[str, ...]  # what the ablations compare besides, for the paper's claims
-    study_seeds: tuple[int, ...]  # seeds of these, among the ablations'
-    question_arms: tuple[str, ...]  # what they compare for questions that the paper leaves open
-    question_seeds: tuple[int, ...]  # seeds of these
+    studies: tuple[str, ...]  # notebooks in nbs/ablations that the ablations run, behind the paper's claims
+    study_seeds: tuple[int, ...]  # seeds of their arms, among the ablations'
+    questions: tuple[str, ...]  # likewise, for what the paper leaves open
+    question_seeds: tuple[int, ...]  # seeds of their arms
     eval_batch: int  # prompts decoded at once in evaluation
     selection: str  # of RL's prompts: random, rejection, steps or diversified
     curriculum: str  # single, easy_to_hard, hard_to_easy or shuffled
@@ -221,7 +222,7 @@ def load_settings(
         if key not in given: raise BookError(f"{where}: the key {key} is missing; add it ({WORDS[KINDS[key]]}).")
     settings = Settings(preset, **{key: _checked(where, key, given[key]) for key in KINDS})
     known = ("srpo", "dpo", *CREDIT_RULES, *VARIANTS)
-    if unknown := sorted({*settings.arms, *settings.study_arms, *settings.question_arms} - set(known)):
+    if unknown := sorted(set(settings.arms) - set(known)):
         raise BookError(f"{where}: there is no arm {unknown[0]}; there are {', '.join(known)}.")
     if settings.hidden_size % (2 * settings.heads):
         raise BookError(f"{where}: heads = {settings.heads} does not divide hidden_size = {settings.hidden_size}.")
@@ -411,11 +412,12 @@ def start_run(
 def stage_notebook(
     stage: str,  # e.g. "train"
 ) -> Path:  # nbs/stages/<stage>.ipynb
-    "Where a stage lies; SHE_NB_STAGES names another folder of stages (ours)."
-    folder = Path(os.environ.get("SHE_NB_STAGES") or root() / "nbs/stages")
-    if (folder / f"{stage}.ipynb").is_file(): return folder / f"{stage}.ipynb"
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.ipynb")))
-    raise BookError(f"There is no stage {stage}; the stages are {known}.")
+    "Where a stage or a study lies; SHE_NB_STAGES names another folder of stages (ours)."
+    folders = Path(os.environ.get("SHE_NB_STAGES") or root() / "nbs/stages"), root() / "nbs/ablations"
+    for folder in folders:
+        if (folder / f"{stage}.ipynb").is_file(): return folder / f"{stage}.ipynb"
+    known = ", ".join(path.stem for folder in folders for path in sorted(folder.glob("*.ipynb")))
+    raise BookError(f"There is no stage {stage}; the stages and studies are {known}.")
 
 # %% ../nbs/14_book.ipynb #7e4987b0
 def declared(
@@ -510,9 +512,13 @@ def made(
     given: str | Path = "",  # its folder, where there is one already
     **arguments,  # parameters for running it otherwise
 ) -> Path:  # the folder with its result
-    "The result of an earlier stage: as given, else made now (ours)."
+    "The result of an earlier stage: as given, else made now; once for all who ask, where SHE_NB_MADE names a folder (ours)."
     if given: return Path(given)
-    folder = Path(tempfile.mkdtemp(prefix=f"she-nb-{stage}-"))
-    arguments |= {"out": str(folder / "out"), "record": str(folder / "record")}
-    run_stage(stage, arguments, folder / f"{stage}.ipynb")
+    shared = os.environ.get("SHE_NB_MADE")
+    folder = Path(shared, f"{stage}-{digest(arguments)}") if shared else Path(tempfile.mkdtemp(prefix=f"she-nb-{stage}-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and finds it
+        places = {"out": str(folder / "out"), "record": str(folder / "record")}
+        if not (folder / "out/done").is_file(): run_stage(stage, arguments | places, folder / f"{stage}.ipynb")
     return folder / "out"

@@ -7,7 +7,7 @@ __all__ = ['STEP_COLUMNS', 'COLUMNS', 'ALLOWED', 'TIER_METRICS', 'STEP_METRICS',
            'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS', 'CLAIMS', 'check_predictions', 'confusion', 'kappa',
            'tier_metrics', 'outcomes', 'step_metrics', 'metrics', 'bootstrap', 'Interval', 'seed_interval',
            'paired_difference', 'read_records', 'pick', 'read_table', 'curves', 'by_seed', 'summary', 'verdict',
-           'claims', 'rollouts_to_target']
+           'sentence', 'claims', 'effects', 'rollouts_to_target']
 
 # %% ../nbs/12_evaluate.ipynb #e99343a5
 import json
@@ -275,7 +275,7 @@ def summary(
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
 
 # %% ../nbs/12_evaluate.ipynb #f8cdcf3c
-CLAIM_COLUMNS = ("claim", "source", "arms", "metric", "seeds", "effect", "ci_low", "ci_high", "verdict")
+CLAIM_COLUMNS = ("claim", "source", "arms", "metric", "seeds", "effect", "ci_low", "ci_high", "verdict", "sentence")
 CLAIM_METRICS = ("balanced/macro_f1", "balanced/all_steps")
 CLAIMS = {  # (better, worse) -> what is claimed, and by whom
     ("srpo", "sft"): ("training on steps improves the fine-tuned judge", "paper"),
@@ -283,7 +283,9 @@ CLAIMS = {  # (better, worse) -> what is claimed, and by whom
     ("srpo", "ppo"): ("credit for steps beats credit for tokens", "paper"),
     ("srpo", "srpo_judge_only"): ("verifier and judge together beat the judge alone", "paper"),
     ("srpo", "srpo_random"): ("selected prompts beat random ones", "paper"),
-    ("srpo", "srpo_single"): ("two stages beat one", "paper"),
+    ("srpo", "srpo_diversified"): ("two stages beat one", "paper"),
+    ("srpo_diversified", "srpo_rejection"): ("even query types beat what rejection leaves", "paper"),
+    ("srpo_dynamic", "srpo_random"): ("prompts drawn by difficulty beat random ones", "paper"),
     ("srpo", "srpo_after_sft"): ("preferences before reinforcement help", "paper"),
     ("srpo", "dpo"): ("reinforcement adds to preferences", "ours"),
     ("dpo", "sft"): ("preferences improve the fine-tuned judge", "paper"),
@@ -294,8 +296,13 @@ CLAIMS = {  # (better, worse) -> what is claimed, and by whom
     ("srpo", "srpo_group"): ("returns, normalised, beat rewards normalised over the group", "ours"),
     ("srpo", "srpo_step"): ("returns, normalised, beat rewards normalised by step", "ours"),
     ("srpo", "srpo_gamma_000"): ("looking ahead beats each step for itself", "ours"),
+    ("srpo_rejection", "srpo_random"): ("groups that agree can be dropped at no cost", "ours"),
+    ("srpo", "srpo_flip_030"): ("a judge wrong in three verdicts of ten costs something", "ours"),
+    ("srpo_flip_030", "grpo"): ("step credit from such a judge still beats the outcome", "ours"),
+    ("srpo", "srpo_judge_005"): ("a judge that saw twenty times the data is worth more", "ours"),
     ("sft", "lexical"): ("fine-tuning beats counting words", "ours"),
-    ("srpo", "sft_label_only"): ("reasoning beats labels alone", "paper")}
+    ("sft", "sft_label_only"): ("reasoning beats labels alone", "paper"),
+    ("sft", "sft_answer_first"): ("thinking first beats answering first", "ours")}
 
 # %% ../nbs/12_evaluate.ipynb #c1694dfb
 def verdict(
@@ -304,6 +311,21 @@ def verdict(
     "What an interval says of a claim; one seed says nothing."
     if effect.n < 2: return "undecided"
     return "holds" if effect.low > 0 else "fails" if effect.high < 0 else "undecided"
+
+# %% ../nbs/12_evaluate.ipynb #183dc2e1
+def sentence(
+    effect: Interval,  # of a difference that is claimed to be positive, as a share
+) -> str:
+    "What may be said of a claim, and no more (ours)."
+    size, seeds = f"{abs(100 * effect.mean):.1f} points", f"{effect.n} seed{'s' * (effect.n > 1)}"
+    way = "ahead" if effect.mean >= 0 else "behind"
+    if effect.n < 2: return f"{size} {way} in one seed, which may be chance."
+    low, high = (f"{100 * value:+.1f}" for value in (effect.low, effect.high))
+    if verdict(effect) == "undecided":
+        return f"{size} {way} on the mean of {seeds}, which fit anything from {low} to {high}: no difference was found."
+    least = min(abs(effect.low), abs(effect.high))
+    sure = "and hardly more than nothing" if least < .005 else f"and at least {100 * least:.1f}"
+    return f"{size} {way} over {seeds}, {sure}, with 95 % confidence."
 
 # %% ../nbs/12_evaluate.ipynb #a0f41d31
 def claims(
@@ -317,21 +339,36 @@ def claims(
             if not set(ours) & set(theirs): continue
             found = paired_difference(ours, theirs)
             bounds = (found.mean, found.low, found.high)
-            rows.append((said, source, f"{arm},{rival}", metric, found.n, *bounds, verdict(found)))
+            rows.append((said, source, f"{arm},{rival}", metric, found.n, *bounds, verdict(found), sentence(found)))
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
+
+# %% ../nbs/12_evaluate.ipynb #f04bd323
+def effects(
+    records: Iterable[dict],    # run records; those of the stage evaluate count
+    arms: Iterable[str],        # of a study
+    against: str,               # one of them
+    names: Iterable[str] = CLAIM_METRICS,
+) -> pd.DataFrame:              # a row for each other arm and metric: arm, metric, seeds, effect, ci_low, ci_high
+    "Paired differences of a study's arms from one of them."
+    records, rows = list(records), []
+    for arm, name in ((arm, name) for arm in arms if arm != against for name in names):
+        ours, theirs = by_seed(records, arm, name), by_seed(records, against, name)
+        if not set(ours) & set(theirs): continue
+        found = paired_difference(ours, theirs)
+        rows.append((arm, name, found.n, found.mean, found.low, found.high))
+    return pd.DataFrame(rows, columns=["arm", "metric", "seeds", "effect", "ci_low", "ci_high"])
 
 # %% ../nbs/12_evaluate.ipynb #14ff8259
 def rollouts_to_target(
     curves: pd.DataFrame,   # from `curves`
     arm: str,
-    rival: str,             # whose end is the target
-    metric: str,            # a column of the curves
-    window: int = 5,        # steps of the running mean (ours)
+    rival: str,             # whose last look is the target
+    metric: str = "held_all_steps",  # a column of the curves, empty between two looks
 ) -> dict[int, float]:      # by shared seed: share of the rival's rollouts; NaN where the arm never gets there
-    "Rollouts that an arm needs for its rival's final value, as a ratio."
-    of = lambda name: curves[curves["arm"] == name].set_index("step").groupby("seed")[metric]  # noqa: E731
-    ours, theirs, found = dict(list(of(arm))), dict(list(of(rival))), {}
-    for seed in sorted(set(ours) & set(theirs)):
-        target, smooth = theirs[seed].dropna().tail(window).mean(), ours[seed].rolling(window).mean()
-        found[seed] = float(smooth.index[smooth >= target].min()) / theirs[seed].index.max()
-    return found
+    "Rollouts that an arm needs for its rival's final value, as a ratio (ours)."
+    if metric not in curves: return {}
+    seen = curves.dropna(subset=[metric])
+    of = lambda name: dict(list(seen[seen["arm"] == name].set_index("step").groupby("seed")[metric]))  # noqa: E731
+    ours, theirs = of(arm), of(rival)
+    return {seed: float(ours[seed].index[ours[seed] >= theirs[seed].iloc[-1]].min()) / theirs[seed].index.max()
+            for seed in sorted(set(ours) & set(theirs))}

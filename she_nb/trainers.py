@@ -30,10 +30,11 @@ from .packing import pack_chains
 from .reward import Router, agreement, step_errors
 from .rollout import takes_any_mask
 from .sampling import DifficultySampler
-from .sharing import SharedPromptTrainer
+from .sharing import SharedPromptTrainer, only_temperature
 from she_nb.task import (
     ORDERS,
     STEPS,
+    BookError,
     Pair,
     Parsed,
     StepTruth,
@@ -279,7 +280,10 @@ class RefillTrainer(PromptOrderTrainer):
     ):
         self.refill = refill
         super().__init__(*args, **kwargs)
-        if self.dynamic and refill and self.accelerator.num_processes > 1: raise NotImplementedError("refill runs in one process")
+        if not (self.dynamic and refill): return
+        if self.accelerator.num_processes > 1: raise NotImplementedError("refill runs in one process")
+        if not (self.shares(self.shared_rollout) and only_temperature(self)):
+            raise BookError("refill keeps the answers of its own rollout; set engine = shared, or refill = 0.")
 
     def answers_right(self, inputs: list[dict], ids: list[list[int]]) -> Tensor:  # (responses,), NaN where unknown
         "Which answers are right, before anything is rewarded."

@@ -16,7 +16,7 @@ from two_processes import run as run_told
 
 from she_nb.advantage import CREDIT, advantage
 from she_nb.models import new_model
-from she_nb.task import parse
+from she_nb.task import BookError, parse
 from she_nb.trainers import StepGRPOTrainer, curve_rows, rl_dataset, train_rl
 from she_nb.verifier import step_rewards
 
@@ -101,6 +101,29 @@ def test_our_grpo_is_trls_own(policy, words, tmp_path, changes):
     ours.train()
     same(theirs, ours, ("loss", "grad_norm", "entropy", "reward", "reward_std", "completions/mean_length"))
     assert moved(ours, policy) and len({row.get("reward") for row in rows(ours)}) > 2
+
+
+# Groups that agree make room
+
+class Asked(StepGRPOTrainer):
+    "Counts the groups whose answers agree when rewards are given."
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        assert prompts == [row["prompt"] for row in inputs]
+        right = self.answers_right(inputs, completion_ids_list).view(-1, self.num_generations)
+        self.mute = getattr(self, "mute", 0) + (right == right[:, :1]).all(1).sum().item()
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+
+def test_prompts_whose_answers_agree_make_room_for_others(policy, words, tmp_path):
+    config = {"steps": 4, "lr": 1e-9}  # the policy stays as it is
+    plain, filled = (trainer(Asked, fresh(policy, words), words, settings(tmp_path, **config), dynamic=True, refill=rounds)
+                     for rounds in (0, 3))
+    for run in (plain, filled): run.train()
+    asked = [row["prompts_asked"] for row in rows(filled)]
+    assert 0 <= filled.mute < plain.mute and min(asked) >= 3 and max(asked) > 3
+    assert all(row["num_tokens"] for row in rows(filled)) and "prompts_asked" not in rows(plain)[0]
+    with pytest.raises(BookError, match="set engine = shared"):
+        trainer(Asked, fresh(policy, words), words, settings(tmp_path), dynamic=True, refill=1, shared_rollout=False)
 
 
 # Step advantages reach the loss
