@@ -10,6 +10,7 @@ if "SHE_NB_WATCH" in os.environ: watch_parent()
 
 book = read_book(config.get("book", ""))
 todo = pending(book, plan(book))
+first = {("judge", "all"): 300, "evaluate": 200, "train": 100, "judge": -50, "tune": -100}  # what many wait for; what few do
 
 
 rule all:
@@ -24,6 +25,6 @@ for run in todo:
         input: what["input"]
         output: what["output"]
         threads: run.threads
-        priority: {"judge": 300, "train": 100, "tune": -100}.get(run.stage, 0) - run.seed  # early seeds first, so that there is early news
+        priority: first.get((run.stage, run.arm), first.get(run.stage, 0)) - run.seed  # early seeds first: early news
         params: command=what["command"]
         shell: "exec {params.command}"

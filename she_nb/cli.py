@@ -245,7 +245,7 @@ def pending(
     queue = [key for key in todo if by_key[key].stage != "report"]
     while queue:
         for key in by_key[queue.pop()].needs:
-            if key in todo or kept(book, by_key[key]): continue
+            if key in todo or not by_key[key].keeps or kept(book, by_key[key]): continue
             todo.add(key)
             queue.append(key)
     if todo: todo.add(runs[-1].key)
