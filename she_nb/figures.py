@@ -11,8 +11,9 @@ __all__ = ['ARMS', 'MAIN', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 
            'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table',
            'cost_figure', 'percent', 'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block', 'escape',
            'table_block', 'figure_block', 'metrics_table', 'study_table', 'effects_figure', 'study_block',
-           'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'tuning_table', 'claims_table', 'curve_notes',
-           'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts', 'render_report']
+           'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost', 'tuning_table', 'claims_table',
+           'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts',
+           'render_report']
 
 # %% ../nbs/13_figures.ipynb #043e52d9
 import base64
@@ -829,13 +830,24 @@ def judge_rows(
     "What a judge was worth after fine-tuning and after GRPO, in percent."
     tables = [read_table(record, "judge.csv") for record in records
               if record["stage"] in ("judge", "judge_test") and record["arm"] == "all"]
-    rows = [table[table["by"] != "query type"] for table in tables if len(table)]
-    if not rows: return pd.DataFrame()
-    shown = pd.concat(rows)
+    kept = [table[(table["by"] != "query type") | (table["claims"] == "policy")] for table in tables if len(table)]
+    if not kept: return pd.DataFrame()
+    shown = pd.concat(kept)
+    shown["name"] = shown["name"].where(shown["by"] != "query type", shown["name"] + " queries")
     said = lambda value: "" if pd.isna(value) else f"{value:.1%}"  # noqa: E731
     texts = {title: shown[name].map(said) for name, title in JUDGE_METRICS.items()}
-    return pd.DataFrame({"Claims": shown["claims"].map(JUDGED), "Step": shown["name"], "After": shown["after"].str.upper(),
-                         "Number": shown["n"], **texts}).sort_values(["Claims", "Step", "After"], ascending=[True, True, False])
+    order = ["Claims", "Step or query type", "After"]
+    table = pd.DataFrame(dict(zip(order, (shown["claims"].map(JUDGED), shown["name"], shown["after"].str.upper()), strict=True)))
+    return table.assign(Number=shown["n"], **texts).sort_values(order, ascending=[True, True, False])
+
+def judge_cost(
+    log: pd.DataFrame,   # curves
+) -> str:                # a sentence; empty where no step was judged
+    "What judging takes of a training step."
+    if "judge_seconds" not in log: return ""
+    judged = log[log["judge_seconds"] > .01 * log["step_seconds"]]
+    share = judged["judge_seconds"].sum() / judged["step_seconds"].sum() if len(judged) else 0
+    return f"Judging takes {share:.0%} of the time of the steps that it rewards." if share else ""
 
 # %% ../nbs/13_figures.ipynb #7f4fab02
 def tuning_table(
