@@ -86,5 +86,26 @@ SHOWN = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(
 @pytest.mark.parametrize("block", SHOWN, ids=[block.split("\n")[0][:30] for block in SHOWN])
 def test_what_contributing_shows_is_real(block):
     "Each block of code stands somewhere in the book, line by line."
-    book = "".join("".join(cell["source"]) for path in ROOT.glob("nbs/**/*.ipynb") for cell in json.loads(path.read_text())["cells"])
+    cells = (cell for path in ROOT.glob("nbs/**/*.ipynb") for cell in json.loads(path.read_text())["cells"])
+    book = "".join("".join(cell["source"]) for cell in cells)
     assert all(line.strip() in book for line in block.splitlines())
+
+
+NOTEBOOKS = sorted([*ROOT.glob("nbs/stages/*.ipynb"), *ROOT.glob("nbs/ablations/*.ipynb")])
+
+def line_of(notebook):
+    "The line under a notebook's title that runs it."
+    first = "".join(json.loads(notebook.read_text())["cells"][0]["source"])
+    return re.search(r"^    (papermill .*)$", first, re.M)[1]
+
+@pytest.mark.parametrize("notebook", [path for path in NOTEBOOKS if path.stem != "report"], ids=lambda path: path.stem)
+def test_the_line_of_a_notebook_fits_it(notebook):
+    words = shlex.split(line_of(notebook).replace("$PWD", str(ROOT)))
+    assert ROOT / words[1] == notebook
+    check_papermill(words)
+
+
+def test_a_line_runs(tmp_path):
+    line = line_of(ROOT / "nbs/ablations/gamma.ipynb").replace("$PWD", str(ROOT)).replace("work/", f"{tmp_path}/")
+    done = subprocess.run([f"{BIN}/{line}"], shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "gamma.ipynb").is_file(), done.stderr
