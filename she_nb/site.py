@@ -62,7 +62,8 @@ def run(
     from nbclient.exceptions import CellExecutionError
     notebook = nbformat.read(path, 4)
     place = {"metadata": {"path": str(Path(path).parent)}}
-    client = NotebookClient(notebook, timeout=seconds, kernel_name="python3", resources=place)
+    client = NotebookClient(notebook, timeout=seconds, kernel_name="python3", resources=place,
+                            extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     try: client.execute()
     except CellExecutionError as error: raise BookError(f"{path} failed: {error.ename}: {error.evalue}.") from None
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
@@ -233,7 +234,7 @@ def at_home(
         if file.suffix == ".md": atomic_write(source / home, "---\norphan: true\n---\n\n" + file.read_text())
         elif file.is_file(): shutil.copy(file, source / home)
         return f"[{words}]({up}{home}{rest})" if file.is_file() else words
-    return re.sub(r"\[([^\]]*)\]\(([^)#\s]*)(#?[^)\s]*)\)", moved, text)
+    return re.sub(r"(?<!\\)\[([^\]]*)\]\(([^)#\s]*)(#?[^)\s]*)\)", moved, text)
 
 # %% ../nbs/13b_site.ipynb #2f19db77
 def claims_page(
@@ -281,6 +282,7 @@ def write_source(
         for cell in shown.cells:
             if cell.cell_type == "markdown": cell.source = at_home(cell.source, name, root, source)
             for data in (output.data for output in cell.get("outputs", []) if "data" in output):
+                if "text/html" in data: data.pop("text/markdown", None)   # the same in two forms
                 if "text/markdown" in data: data["text/markdown"] = at_home(data["text/markdown"], name, root, source)
         if name == "index": shown.cells.append(new_markdown_cell(tree(parts)))
         atomic_write(source / f"{name}.ipynb", nbformat.writes(shown))
