@@ -250,8 +250,9 @@ def by_seed(
     arm: str,                 # whose
     metric: str,              # such as "balanced/macro_f1"
 ) -> dict[int, float]:        # the metric by seed, over the evaluated runs that have it
-    "One metric of one arm, seed by seed; a null is no value."
-    found = {r["seed"]: r["metrics"].get(metric) for r in pick(records, "evaluate", arm)}
+    "One metric of one arm, seed by seed; a null is no value, nor are all steps where a label is all that was asked for."
+    stepless = lambda r: metric.endswith("all_steps") and r.get("parameters", {}).get("order") == "label_only"  # noqa: E731
+    found = {r["seed"]: r["metrics"].get(metric) for r in pick(records, "evaluate", arm) if not stepless(r)}
     return {seed: value for seed, value in found.items() if value is not None}
 
 # %% ../nbs/12_evaluate.ipynb #3c859780
