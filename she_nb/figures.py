@@ -574,8 +574,8 @@ def percent(
 def headline(
     table: pd.DataFrame,  # a summary
 ) -> str | None:          # the arm that the lead speaks of; None where no SRPO arm was evaluated
-    "The first SRPO arm in the fixed order of `ARMS`: never the best one of a test set."
-    return next((arm for arm in arm_order(table["arm"]) if arm.startswith("srpo")), None)
+    "The first SRPO arm in the fixed order of `ARMS`: never the best one of a test set, and no variant of a study."
+    return next((arm for arm in arm_order(table["arm"]) if arm.startswith("srpo") and arm in ARMS), None)
 
 # %% ../nbs/13_figures.ipynb #2495ec34
 def _reached(table, arms, metric, words):
@@ -604,7 +604,7 @@ def lead(
 ) -> str:                  # two sentences of Markdown
     "The verdict in words, from the records."
     if table.empty: return "No arm has been evaluated yet, so there is no verdict."
-    first = headline(table) or arm_order(table["arm"])[-1]
+    first = headline(table) or next((arm for arm in reversed(MAIN) if arm in set(table["arm"])), arm_order(table["arm"])[-1])
     arms = [first, *(arm for arm in ("grpo", "sft") if arm in set(table["arm"]) and arm != first)]
     reached = (_reached(table, arms, "balanced/macro_f1", "macro F1"),
                _reached(table, arms, "balanced/all_steps", "of pairs with all five steps right"))

@@ -43,7 +43,8 @@ def test_the_two_commands_are_shown(): assert {"make book", "make test"} <= set(
 def values(words):
     "The pairs of name and value behind each -p, numbers as numbers."
     pairs = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "-p"]
-    return {name: int(value) if value.isdigit() else value for name, value in pairs}
+    number = lambda text: int(text) if text.isdigit() else float(text)  # noqa: E731
+    return {name: number(value) if re.fullmatch(r"[\d.]+(e-?\d+)?", value) else value for name, value in pairs}
 
 
 def check_make(words):
