@@ -32,7 +32,7 @@ test: .venv/.test
 	$(BIN)/ruff check
 	@rm -rf work/made
 	SHE_NB_MADE="$(CURDIR)/work/made" OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile
 
 # run the notebooks whose code changed, and keep what they show
 outputs: .venv/.test
