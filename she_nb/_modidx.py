@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'she_nb.explore.group_html': ('explore.html#group_html', 'she_nb/explore.py'),
                                 'she_nb.explore.mark': ('explore.html#mark', 'she_nb/explore.py'),
                                 'she_nb.explore.own_pair': ('explore.html#own_pair', 'she_nb/explore.py'),
+                                'she_nb.explore.recorded_group': ('explore.html#recorded_group', 'she_nb/explore.py'),
                                 'she_nb.explore.sample_group': ('explore.html#sample_group', 'she_nb/explore.py'),
                                 'she_nb.explore.tint': ('explore.html#tint', 'she_nb/explore.py')},
             'she_nb.figures': { 'she_nb.figures.Block': ('figures.html#block', 'she_nb/figures.py'),

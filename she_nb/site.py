@@ -89,7 +89,7 @@ def entry(
     kind = lambda value: getattr(value, "__name__", str(value)) if value is not inspect.Parameter.empty else ""  # noqa: E731
     rows = [(label, kind(found.anno), kind(found.default), found.docment or "")
             for label, found in known.items() if label != "self" and (label != "return" or found.docment)]
-    if not rows: return "\n".join(lines)
+    if not any(row[3] for row in rows): return "\n".join([*lines, f"`{name}{inspect.signature(thing)}`" if rows else "", ""])
     cells = [["", "type", "default", "what it is"], ["---"] * 4, *(map(show.escape, row) for row in rows)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells), ""])
 
@@ -175,7 +175,8 @@ myst_enable_extensions, myst_heading_anchors = ["dollarmath", "colon_fence"], 3
 html_math_renderer = "mathml"
 suppress_warnings = ["myst.header", "mystnb.mime_priority"]
 """
-STYLE = """table { font-size: .85rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; max-width: 100%; }
+STYLE = """table { font-size: .85rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; max-width: 100%;
+  width: fit-content; }
 th { cursor: pointer; } th[aria-sort]::after { content: " \\2195"; }
 img, svg { max-width: 100%; height: auto; }
 html[data-theme=dark] main img { background: #fff; border-radius: 6px; padding: .3rem; }
