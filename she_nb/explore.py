@@ -93,9 +93,9 @@ def mark(
     source: str,    # judge, verifier, oracle or none
 ) -> str:           # HTML
     "What a step earned."
-    if reward != reward: return '<sub title="nobody decided">?</sub>'
+    if reward != reward: return '<b title="nobody decided">?</b>'
     shown = {1.0: "✓", 0.0: "✗"}.get(reward, f"{reward:.2f}")
-    return f'<sub title="{source}: {reward:.2f}">{shown}</sub>'
+    return f'<b title="{source}: {reward:.2f}">{shown}</b>'
 
 # %% ../nbs/explore.ipynb #3197e99b
 def group_html(

@@ -89,7 +89,8 @@ def entry(
     kind = lambda value: getattr(value, "__name__", str(value)) if value is not inspect.Parameter.empty else ""  # noqa: E731
     rows = [(label, kind(found.anno), kind(found.default), found.docment or "")
             for label, found in known.items() if label != "self" and (label != "return" or found.docment)]
-    if not any(row[3] for row in rows): return "\n".join([*lines, f"`{name}{inspect.signature(thing)}`" if rows else "", ""])
+    told = f"`{name}{inspect.signature(thing)}`" if rows and inspect.isfunction(thing) else ""
+    if not any(row[3] for row in rows): return "\n".join([*lines, told, ""])
     cells = [["", "type", "default", "what it is"], ["---"] * 4, *(map(show.escape, row) for row in rows)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells), ""])
 
