@@ -72,6 +72,8 @@ def run(
         cell.metadata.pop("execution", None)
         for output in cell.outputs:
             if "execution_count" in output: output.execution_count = None
+            data = output.get("data", {})
+            if "text/plain" in data: data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])  # another each time
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec",) if key in notebook.metadata}
     notebook.metadata["ran"] = code_mark(notebook)
     atomic_write(path, nbformat.writes(notebook) + "\n")
