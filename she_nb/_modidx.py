@@ -253,6 +253,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'she_nb.figures.headline': ('figures.html#headline', 'she_nb/figures.py'),
                                 'she_nb.figures.how_sure': ('figures.html#how_sure', 'she_nb/figures.py'),
                                 'she_nb.figures.image': ('figures.html#image', 'she_nb/figures.py'),
+                                'she_nb.figures.inline': ('figures.html#inline', 'she_nb/figures.py'),
                                 'she_nb.figures.judge_cost': ('figures.html#judge_cost', 'she_nb/figures.py'),
                                 'she_nb.figures.judge_rows': ('figures.html#judge_rows', 'she_nb/figures.py'),
                                 'she_nb.figures.lead': ('figures.html#lead', 'she_nb/figures.py'),

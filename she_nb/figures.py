@@ -10,7 +10,7 @@ __all__ = ['ARMS', 'MAIN', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 
            'example_samples', 'example_records', 'arms_figure', 'tier_f1_figure', 'type_f1_figure', 'absent_types',
            'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table',
            'cost_figure', 'percent', 'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block', 'escape',
-           'table_block', 'figure_block', 'metrics_table', 'study_table', 'effects_figure', 'study_block',
+           'table_block', 'figure_block', 'metrics_table', 'inline', 'study_table', 'effects_figure', 'study_block',
            'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost', 'tuning_table', 'claims_table',
            'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts',
            'render_report']
@@ -702,6 +702,12 @@ def metrics_table(
 STUDY_METRICS = {"balanced/macro_f1": "Macro F1", "balanced/all_steps": "All steps right",
                  "wild/macro_f1": "Macro F1, in the wild", "wild/all_steps": "All steps right, in the wild"}
 
+def inline(
+    metric: str,  # a key of STUDY_METRICS
+) -> str:
+    "A metric's name within a sentence."
+    return STUDY_METRICS[metric][0].lower() + STUDY_METRICS[metric][1:]
+
 def study_table(
     table: pd.DataFrame,     # a summary
     arms: Sequence[str],     # of the study, in the order of its rows
@@ -753,23 +759,24 @@ def study_block(
     caption = (f"**Paired differences from {arm_look(against)[0]}** over shared seeds on the balanced test, "
                "with 95 % t intervals; hollow: one seed.")
     picture = figure_block(effects_figure(found, against), path, caption)
-    said = [f"- {arm_look(row.arm)[0]}, {STUDY_METRICS[row.metric].lower()}: "
+    said = [f"- {arm_look(row.arm)[0]}, {inline(row.metric)}: "
             f"{sentence(Interval(row.effect, np.nan, row.ci_low, row.ci_high, row.seeds))}" for row in found.itertuples()]
     blocks = [picture, table_block(study_table(ran, arms), "Both tests, in percent."), text_block("\n".join(said))]
     return Block("".join(block.html for block in blocks), "\n\n".join(block.markdown for block in blocks))
 
 # %% ../nbs/13_figures.ipynb #5ce4ad0c
 def studies_block(
-    records: Iterable[dict],  # run records; a study's names its question, its arms, and what they are held against
+    records: Iterable[dict],  # run records; those of the stage evaluate count
+    studies: dict[str, dict],  # name -> what its notebook declares: question, compared, against
     folder: str | Path,       # where figures go
 ) -> Block:
-    "All studies that ran."
-    records = list(records)
-    blocks = [text_block("No study has run yet; `make ablations` runs them.")]
-    for record in (record for record in records if "compared" in record.get("parameters", {})):
-        asked = record["parameters"]
-        blocks += [text_block(f"### {asked['question']}"),
-                   study_block(records, asked["compared"].split(","), asked["against"], Path(folder) / record["stage"])]
+    "All studies of which two arms or more have run."
+    records, blocks = list(records), [text_block("No study has run yet; `make ablations` runs them.")]
+    ran = {record["arm"] for record in pick(records, "evaluate")}
+    for name, asked in studies.items():
+        arms = asked["compared"].split(",")
+        if asked["against"] not in ran or len(ran & set(arms)) < 2: continue
+        blocks += [text_block(f"### {asked['question']}"), study_block(records, arms, asked["against"], Path(folder) / name)]
     blocks = blocks[1:] or blocks
     return Block("".join(block.html for block in blocks), "\n\n".join(block.markdown for block in blocks))
 
@@ -809,7 +816,7 @@ def aims_table(
     for (arm, rival, metric), least in AIMS.items():
         for row in effects(records, [arm], rival, [metric]).itertuples():
             sure = "" if row.ci_low > 0 else ", but the interval holds 0"
-            aim(f"{arm_look(arm)[0]} over {arm_look(rival)[0]}, {STUDY_METRICS[metric].lower()}", f"{100 * least:.0f} points",
+            aim(f"{arm_look(arm)[0]} over {arm_look(rival)[0]}, {inline(metric)}", f"{100 * least:.0f} points",
                 f"{100 * row.effect:.1f} points", row.effect < least and f"{100 * (least - row.effect):.1f} points", sure)
     for share in [np.mean(list(rollouts_to_target(curves(records), "srpo", "grpo").values() or [np.nan]))]:
         if np.isfinite(share): aim("Rollouts to GRPO's final share of right chains", f"{SOON:.0%}", f"{share:.0%}",
