@@ -776,7 +776,8 @@ def studies_block(
     for name, asked in studies.items():
         arms = asked["compared"].split(",")
         if asked["against"] not in ran or len(ran & set(arms)) < 2: continue
-        blocks += [text_block(f"### {asked['question']}"), study_block(records, arms, asked["against"], Path(folder) / name)]
+        picture = Path(folder) / f"study_{name}"
+        blocks += [text_block(f"### {asked['question']}"), study_block(records, arms, asked["against"], picture)]
     blocks = blocks[1:] or blocks
     return Block("".join(block.html for block in blocks), "\n\n".join(block.markdown for block in blocks))
 
