@@ -21,7 +21,7 @@ REWARDS = {"hybrid": ("judge", "judge", "verifier", "verifier", "verifier"),   #
            "verifier": ("none", "none", "verifier", "verifier", "verifier"),   # ours: what needs no model
            "oracle": ("oracle", "oracle", "verifier", "verifier", "verifier")} # ours: the best that a judge could be
 
-# %% ../nbs/09_reward.ipynb #c007
+# %% ../nbs/09_reward.ipynb #a5aee3d2
 def turned(
     claim: Claim,
     share: float,  # of all claims
@@ -29,6 +29,7 @@ def turned(
     "Does a judge that is made worse on purpose turn its verdict on this claim round (ours)?"
     return crc32(repr(claim.key).encode()) < share * 2**32
 
+# %% ../nbs/09_reward.ipynb #04a47139
 class Router:
     "From what was said to the rewards of its steps."
     def __init__(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHARED', 'SHOWN', 'RENAMED', 'Progress', 'Watch', 'last_checkpoint', 'run_training', 'sft_dataset', 'train_sft',
            'outcome_reward', 'rl_dataset', 'step_metrics', 'read_responses', 'credit_steps', 'laid_out',
-           'credit_metrics', 'EpochSampler', 'PromptOrderTrainer', 'RefillTrainer', 'agreeing_here', 'StepGRPOTrainer',
-           'rl_config', 'train_rl', 'train_judge', 'curve_rows']
+           'credit_metrics', 'EpochSampler', 'PromptOrderTrainer', 'RefillTrainer', 'agreeing_here',
+           'StepRewardTrainer', 'StepGRPOTrainer', 'rl_config', 'train_rl', 'train_judge', 'curve_rows']
 
 # %% ../nbs/11_trainers.ipynb #c002
 import json
@@ -326,8 +326,8 @@ def agreeing_here(
     return own.view(mask.shape)
 
 # %% ../nbs/11_trainers.ipynb #c019
-class StepGRPOTrainer(RefillTrainer):
-    "TRL's GRPOTrainer with an advantage for every step of a response (TaoSR-SHE, Eq. 6), and prompts read once for a group."
+class StepRewardTrainer(RefillTrainer):
+    "What every step of a response earned, kept for whoever places it; TRL hears of the outcome."
     def __init__(
         self,
         *args,
@@ -356,6 +356,9 @@ class StepGRPOTrainer(RefillTrainer):
         self.saw([row["row"] for row in inputs], self._scores[:, 4])
         return self._rewards[:, 4:5].clone()
 
+# %% ../nbs/11_trainers.ipynb #5c52d4f8
+class StepGRPOTrainer(StepRewardTrainer):
+    "TRL's GRPOTrainer with an advantage for every step of a response (TaoSR-SHE, Eq. 6), and prompts read once for a group."
     def _generate_and_score_completions(self, inputs):
         "Rollouts and TRL's bookkeeping, with step advantages, laid out like the response mask, in place of TRL's own."
         output = super()._generate_and_score_completions(inputs)
