@@ -3,6 +3,7 @@
 #     snakemake --cores 2 --forceall
 # The records decide what is finished (she_nb.cli.pending), not file times: only pending runs have a rule here.
 import os
+import re
 
 from she_nb.cli import job, outputs, pending, plan, read_book, watch_parent
 
@@ -10,7 +11,7 @@ if "SHE_NB_WATCH" in os.environ: watch_parent()
 
 book = read_book(config.get("book", ""))
 todo = pending(book, plan(book))
-first = {("judge", "all"): 300, "evaluate": 200, "ask": 160, "select": 160, "tune": 120, "train": 100, "judge": -50}
+first = {("judge", "all"): 300, "evaluate": 200, "ask": 160, "select": 160, "tune": 220, "train": 100, "judge": -50}
 first |= {("train", arm): 150 for arm in book.arms}   # what all studies are held against; last, what few wait for
 
 
@@ -22,10 +23,10 @@ for run in todo:
     what = job(book, run, todo)
 
     rule:
-        name: run.key.replace("-", "_")
+        name: re.sub(r"\W", "_", run.key)
         input: what["input"]
         output: what["output"]
         threads: run.threads
-        priority: first.get((run.stage, run.arm), first.get(run.stage, 0)) - run.seed  # early seeds first: early news
+        priority: first.get((run.stage, run.arm), first.get(run.stage, 0)) - run.seed  # early seeds first (the search has seed 100)
         params: command=what["command"]
         shell: "exec {params.command}"

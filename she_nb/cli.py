@@ -163,7 +163,9 @@ class Plan:
 
     def add(self, stage: str, arm: str, seed: int, threads: int = 1, settings: Settings | None = None, **needs: Run) -> Run:
         run = make_run(self.book, stage, arm, seed, threads, needs, settings)
-        return self.runs.setdefault(run.key, run)
+        if self.runs.setdefault(run.key, run).parameters != run.parameters:
+            raise BookError(f"Two arms need {run.key} with different parameters; put them into books of their own with --name.")
+        return self.runs[run.key]
 
     def judge(self, own: Settings, data: Run) -> Run:
         "One judge for all seeds, as there is one verifier; and its test on what the first fine-tuned model says."

@@ -74,8 +74,8 @@ def arm_look(
     arm: str,                # an arm's name in the records
 ) -> tuple[str, str, str]:   # the name shown, its colour, its marker
     "How an arm is shown; a variant, or an arm of your own, is black under its own name (palette: Okabe and Ito 2008)."
-    rule, _, change = arm.partition("_")
-    name = f"{ARMS[rule][0]}, {change.replace('_', ' ')}" if rule in ARMS else arm
+    rule, *changes = re.split(r"[_+]", arm)
+    name = f"{ARMS[rule][0]}, {' '.join(changes).replace('=', ' = ')}" if rule in ARMS and changes else arm
     return ARMS.get(arm, (name, "#000000", "*"))
 
 # %% ../nbs/13_figures.ipynb #08ae23fb
