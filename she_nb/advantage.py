@@ -72,17 +72,17 @@ def grpo_mean(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
 # %% ../nbs/05_advantage.ipynb #c024
 @credit("srpo_group", "TaoSR-SHE Eq. 6, reading (a): rewards normalised over the group and all its steps")
 def srpo_group(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
-    "Returns of rewards that are normalised over the whole group; later steps carry a common bias."
+    "Returns of rewards normalised over the whole group; at later steps all responses share an offset."
     return step_returns(normalize(rewards, (1, 2)), gamma)
 
 @credit("srpo_step", "TaoSR-SHE Eq. 6, reading (b): rewards normalised for each step apart, as GDPO does")
 def srpo_step(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
-    "Returns of rewards that are normalised step by step; unbiased."
+    "Returns of rewards normalised step by step; group mean 0 at every step."
     return step_returns(normalize(rewards, 1), gamma)
 
 @credit("srpo_return", "TaoSR-SHE Eq. 6, reading (c): returns normalised for each step apart")
 def srpo_return(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
-    "Normalised returns: unbiased, and of one scale from the first step to the last."
+    "Normalised returns: group mean 0, and one scale from the first step to the last."
     return normalize(step_returns(rewards, gamma), 1)
 
 # %% ../nbs/05_advantage.ipynb #0d0aa387
@@ -115,7 +115,7 @@ def step_mask(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
 # %% ../nbs/05_advantage.ipynb #e4a158ff
 DEPENDENTS = {0: (1, 2, 3), 1: (2, 3), 2: (4,), 3: (4,), 4: ()}  # step -> steps that use it (ours)
 
-@credit("graph", "Graph-GRPO (2605.31003): credit flows along dependencies; graph, mean and normalisation: ours")
+@credit("graph", "Graph-GRPO (2605.31003): credit along dependencies; step rewards, graph, mean, normalisation: ours")
 def graph(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
     "Own reward and, times `gamma`, the mean worth of the dependent steps; unless there are five, a step serves the next one."
     count = rewards.shape[-1]

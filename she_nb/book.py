@@ -239,14 +239,16 @@ def load_settings(
         mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(ARMS)}."
         raise BookError(f"{where}: there is no arm {base}; {mend}")
     if settings.hidden_size % (2 * settings.heads):
-        raise BookError(f"{where}: heads = {settings.heads} does not divide hidden_size = {settings.hidden_size}.")
+        raise BookError(f"{where}: hidden_size = {settings.hidden_size} is no multiple of twice heads = {settings.heads}; "
+                        "each head needs an even width.")
+    for rate in settings.tune_lrs.split(","): _checked(f"{where}: tune_lrs", "rl_lr", rate)
     return settings
 
 # %% ../nbs/14_book.ipynb #26ebde04
 @dataclass
 class Record:
     "What a finished run leaves in run.json (ours, after nanochat: report from records only)."
-    stage: str  # data, sft, train, evaluate, report
+    stage: str  # a notebook of nbs/stages or nbs/ablations
     arm: str  # what is compared: sft, grpo, srpo; "all" where it does not apply
     seed: int  # of the run
     preset: str  # section of settings.ini
@@ -505,8 +507,9 @@ def check_arguments(
 def _environment(threads):
     "The environment of a stage's kernel, put back afterwards."
     path = os.pathsep.join(filter(None, [str(root()), os.environ.get("PYTHONPATH")]))
-    changes = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-               "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    changes = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
+               "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "TOKENIZERS_PARALLELISM": "false",
+               "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     before = {key: os.environ.get(key) for key in changes}
     os.environ.update(changes)
     try: yield

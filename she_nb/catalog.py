@@ -48,7 +48,8 @@ class Lexicon:
     accessories: dict[str, str] = field(default_factory=dict)                 # leaf category -> leaf category
 
 # %% ../nbs/01_catalog.ipynb #c010
-BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # white space, control characters, halves of characters
+BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
+"White space, control characters, marks that turn the direction of writing, halves of characters."
 
 def clean_text(
     text: str,         # as the file has it

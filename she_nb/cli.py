@@ -116,7 +116,7 @@ def open_book(
 @dataclass(frozen=True)
 class Run:
     "One node of the graph: a stage notebook with its parameters."
-    stage: str  # data, sft, train, evaluate, report
+    stage: str  # a notebook of nbs/stages or nbs/ablations
     arm: str  # "all" where there is none
     seed: int  # 0 where there is none
     arguments: dict  # what papermill passes
@@ -144,7 +144,8 @@ def make_run(
     known, key = declared(stage_notebook(stage)), run_key(stage, arm, seed)
     for name in ("out", "record", "inputs"):
         if name not in known: raise StageError(f"The notebook of stage {stage} does not declare {name}.")
-    values = {name: getattr(settings, name) for name in KINDS} | {
+    plain = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value  # noqa: E731
+    values = {name: plain(getattr(settings, name)) for name in KINDS} | {
         "arm": arm, "credit": variant(settings, arm)[0], "seed": seed, "preset": settings.preset, "catalog": book.catalog,
         "out": str(book.folder(key)), "record": str(book.record(key)), "reports": str(book.reports / book.name),
         "inputs": json.dumps({run.key: digest(run.parameters) for run in needs.values()})}
@@ -168,11 +169,12 @@ class Plan:
         return self.runs[run.key]
 
     def judge(self, own: Settings, data: Run) -> Run:
-        "One judge for all seeds, as there is one verifier; and its test on what the first fine-tuned model says."
+        "One judge for all seeds, as there is one verifier; and its test on what the first seed's policy says before RL."
         share = "all" if own.judge_share == 1 else f"share_{100 * own.judge_share:03.0f}"
-        judge, first = self.add("judge", share, 0, own.threads_train, own, data_dir=data), self.book.seeds[0]
-        self.add("judge_test", share, 0, own.threads_train, own, data_dir=data, judge_dir=judge,
-                 model_dir=self.runs[run_key("sft", "sft", first)])
+        judge = self.add("judge", share, 0, own.threads_train, own, data_dir=data)
+        said = [run_key(kind, kind, self.book.seeds[0]) for kind in (self.book.settings.start, "sft")]
+        policy = next(self.runs[key] for key in said if key in self.runs)
+        self.add("judge_test", share, 0, own.threads_train, own, data_dir=data, judge_dir=judge, model_dir=policy)
         return judge
 
     def arm(self, arm: str, seed: int, models: dict[str, Run], data: Run) -> Run | None:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'MAIN', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 'EXAMPLE_CHAINS', 'EXAMPLE_TITLE', 'ARM_METRICS',
-           'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'REASONS', 'TABLE_METRICS', 'STUDY_METRICS',
+           'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'STUDY_METRICS', 'REASONS', 'TABLE_METRICS',
            'SOONER', 'AIMS', 'SOON', 'WORTH', 'JUDGED', 'JUDGE_METRICS', 'MARKS', 'CSS', 'PAGE', 'arm_look',
            'arm_order', 'image', 'save', 'canvas', 'example_predictions', 'example_curves', 'example_group',
            'example_samples', 'example_records', 'arms_figure', 'tier_f1_figure', 'type_f1_figure', 'absent_types',
            'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table',
-           'cost_figure', 'percent', 'headline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block', 'escape',
-           'table_block', 'figure_block', 'metrics_table', 'inline', 'study_table', 'effects_figure', 'study_block',
+           'cost_figure', 'percent', 'headline', 'inline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block',
+           'escape', 'table_block', 'figure_block', 'metrics_table', 'study_table', 'effects_figure', 'study_block',
            'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost', 'tuning_table', 'claims_table',
            'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts',
            'render_report']
@@ -73,7 +73,7 @@ TESTS = {"wild": "in the wild", "balanced": "balanced"}
 def arm_look(
     arm: str,                # an arm's name in the records
 ) -> tuple[str, str, str]:   # the name shown, its colour, its marker
-    "How an arm is shown; a variant, or an arm of your own, is black under its own name (palette: Okabe and Ito 2008)."
+    "How an arm is shown; a variant, or an arm of your own, is black under its own name (palettes: Okabe and Ito 2008, Tol 2021)."
     rule, *changes = re.split(r"[_+]", arm)
     name = f"{ARMS[rule][0]}, {' '.join(changes).replace('=', ' = ')}" if rule in ARMS and changes else arm
     return ARMS.get(arm, (name, "#000000", "*"))
@@ -125,7 +125,7 @@ def example_predictions(
     rng: np.random.Generator,
     pairs: int = 400,          # of each test set
 ) -> pd.DataFrame:             # a table of predictions, invented
-    "Predictions of an imagined judge (ours, for examples only)."
+    "Predictions of an imagined policy (ours, for examples only)."
     size = 2 * pairs
     steps, true = rng.random((size, 4)) < chances, rng.integers(1, 5, size)
     right = np.where(steps.all(1), rng.random(size) < .98, rng.random(size) < .3)
@@ -585,17 +585,29 @@ def _reached(table, arms, metric, words):
     rivals = " and ".join(said)
     return f"{100 * values[arms[0]]:.1f}\u00a0% {words}" + (f" (against {rivals})" if rivals else "")
 
+# %% ../nbs/13_figures.ipynb #a145284a
+STUDY_METRICS = {"balanced/macro_f1": "Macro F1", "balanced/all_steps": "All steps right",
+                 "wild/macro_f1": "Macro F1, in the wild", "wild/all_steps": "All steps right, in the wild"}
+
+def inline(
+    metric: str,  # a key of STUDY_METRICS
+) -> str:
+    "A metric's name within a sentence."
+    return STUDY_METRICS[metric][0].lower() + STUDY_METRICS[metric][1:]
+
 # %% ../nbs/13_figures.ipynb #4e5cf75b
 def claims_said(
     tested: pd.DataFrame,  # claims
 ) -> str:                  # one sentence
     "What became of the claims."
     if tested.empty: return "No two arms that a claim compares share a seed, so no claim is tested."
-    said, seeds = tested["verdict"].value_counts(), int(tested["seeds"].max())
-    if seeds < 2: return "This is one seed: a lead, not a result, and every claim stays undecided."
+    several = tested[tested["seeds"] > 1]
+    if several.empty: return "This is one seed: a lead, not a result, and every claim stays undecided."
+    said, alone = several["verdict"].value_counts(), len(tested) - len(several)
     words = {"holds": "hold", "fails": "fail", "undecided": "undecided"}
     counts = ", ".join(f"{said[word]} {shown}" for word, shown in words.items() if word in said)
-    return f"Over {seeds} seeds, of {len(tested)} tested claims: {counts}."
+    rest = f" {alone} more ran with one seed, which decides nothing." if alone else ""
+    return f"Of {len(several)} comparisons over up to {several['seeds'].max()} seeds: {counts}.{rest}"
 
 # %% ../nbs/13_figures.ipynb #7929ab7d
 def lead(
@@ -609,7 +621,9 @@ def lead(
     reached = (_reached(table, arms, "balanced/macro_f1", "macro F1"),
                _reached(table, arms, "balanced/all_steps", "of pairs with all five steps right"))
     said = f"On the balanced test, **{arm_look(first)[0]}** reaches {reached[0]} and {reached[1]}."
-    return f"{said} {claims_said(tested)}"
+    rival = tested[(tested["arms"] == f"{first},grpo") & (tested["seeds"] > 1)]
+    over = "; ".join(f"{inline(row.metric)}: {row.verdict}" for row in rival.itertuples())
+    return f"{said} {f'That it beats GRPO: {over}. ' * bool(over)}{claims_said(tested)}"
 
 # %% ../nbs/13_figures.ipynb #cb2a352d
 def how_sure(
@@ -699,15 +713,6 @@ def metrics_table(
     return pd.DataFrame(rows, columns=["Arm", *names.values()])
 
 # %% ../nbs/13_figures.ipynb #7a220244
-STUDY_METRICS = {"balanced/macro_f1": "Macro F1", "balanced/all_steps": "All steps right",
-                 "wild/macro_f1": "Macro F1, in the wild", "wild/all_steps": "All steps right, in the wild"}
-
-def inline(
-    metric: str,  # a key of STUDY_METRICS
-) -> str:
-    "A metric's name within a sentence."
-    return STUDY_METRICS[metric][0].lower() + STUDY_METRICS[metric][1:]
-
 def study_table(
     table: pd.DataFrame,     # a summary
     arms: Sequence[str],     # of the study, in the order of its rows
@@ -753,15 +758,20 @@ def study_block(
 ) -> Block:                   # figure, table and a sentence for each difference
     "The outcome of one study."
     records = list(records)
-    found, table = effects(records, arms, against), summary(records)
-    ran = table[table["arm"].isin(arms)]
-    if ran.empty: return text_block("No arm of this study has run yet; `make ablations` runs them.")
+    runs = [own for arm in arms if (own := pick(records, "evaluate", arm))]
+    if not runs: return text_block("No arm of this study has run yet; `make ablations` runs them.")
+    shared = set.intersection(*({record["seed"] for record in own} for own in runs))
+    found, ran = effects(records, arms, against), summary(r for own in runs for r in own if r["seed"] in shared)
     caption = (f"**Paired differences from {arm_look(against)[0]}** over shared seeds on the balanced test, "
                "with 95 % t intervals; hollow: one seed.")
     picture = figure_block(effects_figure(found, against), path, caption)
     said = [f"- {arm_look(row.arm)[0]}, {inline(row.metric)}: "
-            f"{sentence(Interval(row.effect, np.nan, row.ci_low, row.ci_high, row.seeds))}" for row in found.itertuples()]
-    blocks = [picture, table_block(study_table(ran, arms), "Both tests, in percent."), text_block("\n".join(said))]
+            f"{sentence(Interval(row.effect, np.nan, row.ci_low, row.ci_high, row.seeds))}"
+            for row in found.itertuples() if row.seeds > 1]
+    alone = [arm_look(arm)[0] for arm in dict.fromkeys(found["arm"][found["seeds"] == 1])]
+    if alone: said.append(f"- With one seed, which decides nothing: {', '.join(alone)}.")
+    words = f"Both tests, in percent, over the seeds that all these arms share. {how_sure(ran)}"
+    blocks = [picture, table_block(study_table(ran, arms), words), text_block("\n".join(said))]
     return Block("".join(block.html for block in blocks), "\n\n".join(block.markdown for block in blocks))
 
 # %% ../nbs/13_figures.ipynb #5ce4ad0c
@@ -782,7 +792,7 @@ def studies_block(
     return Block("".join(block.html for block in blocks), "\n\n".join(block.markdown for block in blocks))
 
 # %% ../nbs/13_figures.ipynb #cd71d547
-SOONER = {"held_all_steps": "all five steps right", "held_macro_f1": "macro F1"}
+SOONER = {"held_all_steps": "share of right chains", "held_macro_f1": "macro F1"}
 
 def sooner_said(
     log: pd.DataFrame,   # curves
@@ -792,14 +802,14 @@ def sooner_said(
     "How many rollouts an arm needs for its rival's end, and the rival itself."
     def reached(shares):
         there = [share for share in shares if np.isfinite(share)]
-        return (f"after {np.mean(there):.0%} of the rollouts in {len(there)} of {len(shares)} seeds" if there
+        return (f"after {np.mean(there):.0%} of the rollouts ({len(there)} of {len(shares)} seeds get there)" if there
                 else f"in none of {len(shares)} seeds")
 
     said, names = [], {who: arm_look(who)[0] for who in (arm, rival)}
     for metric, words in SOONER.items():
         ours, theirs = (list(rollouts_to_target(log, who, rival, metric).values()) for who in (arm, rival))
-        if ours: said.append(f"{names[arm]} first has {names[rival]}'s final {words} {reached(ours)}; "
-                             f"{names[rival]} itself {reached(theirs)}.")
+        if ours: said.append(f"{names[arm]} first has {names[rival]}'s final {words} {reached(ours)}. "
+                             f"{names[rival]} first has its own {reached(theirs)}.")
     return " ".join(said) or "No two arms that could be compared have left their curves."
 
 # %% ../nbs/13_figures.ipynb #ec1b784d
@@ -827,7 +837,8 @@ def aims_table(
             (never or share > SOON) and missed)
     for record in (r for r in pick(records, "judge_test", "all") if "kept/open_steps/accuracy" in r["metrics"]):
         worth = record["metrics"]["kept/open_steps/accuracy"]
-        aim("Judge on steps 1 and 2 that a policy says", f"{WORTH:.0%}", f"{worth:.1%}", worth < WORTH and f"{WORTH - worth:.1%}")
+        aim("Judge on steps 1 and 2 that the policy says before RL", f"{WORTH:.0%}", f"{worth:.1%}",
+            worth < WORTH and f"{WORTH - worth:.1%}")
     return pd.DataFrame(rows, columns=["Aim", "Wanted", "Reached", "Verdict"])
 
 # %% ../nbs/13_figures.ipynb #b35e1326

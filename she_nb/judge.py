@@ -230,7 +230,7 @@ def claims(
     steps: Sequence[int] = range(5),
     seed: int = 0,
 ) -> list[Claim]:               # shuffled
-    "Steps whose truth is known (true, corrupted: as the paper's reward model; the annotator's: ours)."
+    "Steps whose truth is known: true, corrupted, and the annotator's (ours)."
     chance, words, found = random.Random(seed), words_of(pairs), {}
     for pair, chain in zip(pairs, teacher, strict=True):
         for step in steps:
@@ -304,7 +304,7 @@ class Judge:
     def score(
         self,
         asked: list[Claim],
-    ) -> list[float]:  # in [0, 1], how surely each holds; NaN where the judge gave no verdict
+    ) -> list[float]:  # in [0, 1], how surely each holds; NaN where a greedy judge gave no verdict
         "Judge every claim, equal ones once."
         once = sorted({claim.key: claim for claim in asked}.values(), key=lambda claim: (len(claim.pair.item), claim.key))
         size, found = max(self.batch // max(self.samples, 1), 1), {}
@@ -319,8 +319,9 @@ class Judge:
         parts = [judge_prompt(claim.pair, claim.step, claim.text, self.rule) for claim in asked for _ in range(count)]
         heads, tails = (self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in zip(*parts, strict=True))
         said = replies(self.model, self.tokenizer, heads, tails, 1.0 if self.samples else 0.0, self.new)
-        sure = np.array([verdict_probability(ids, logps, self.table, end) for ids, logps in said]).reshape(-1, count)
-        return (sure >= .5 if self.samples else sure).mean(1).tolist()
+        if self.samples: sure = [read_verdict(response_text(ids, self.table)) == 1 for ids, _ in said]   # none counts as bad
+        else: sure = [verdict_probability(ids, logps, self.table, end) for ids, logps in said]
+        return np.array(sure, float).reshape(-1, count).mean(1).tolist()
 
 # %% ../nbs/08_judge.ipynb #c041
 def load_judge(
@@ -337,8 +338,8 @@ def load_judge(
 def judge_metrics(
     values: Sequence[float],  # the judge's
     holds: Sequence[bool],    # the truth
-) -> dict[str, float]:        # n, accuracy, auc (NaN where all hold or none), calibration_error, wrong_rewarded, right_punished
-    "What a judge is worth on some claims."
+) -> dict[str, float]:
+    "What a judge is worth on some claims: n, holds (the true share), accuracy, auc (NaN where all hold or none) and its errors."
     sure, true = np.nan_to_num(np.asarray(values, float), nan=0.0), np.asarray(holds, bool)
     if not len(true): return {"n": 0}
     bins = np.minimum((sure * 10).astype(int), 9)

@@ -102,7 +102,7 @@ def pack(
     return Packed(**shaped, where=where[:, :tokens].masked_fill(~mask, 0), mask=mask)
 
 # %% ../nbs/07b_packing.ipynb #6eae75d3
-PRICE = 0.7  # of an operation of attention in those of matrix products (ours; fits what five shapes took on a CPU)
+PRICE = 0.7  # of an operation of attention beside one of a matrix product (ours; fitted to five shapes timed on a CPU)
 
 def cheapest_share(
     config,                  # of the model
@@ -119,8 +119,11 @@ def cheapest_share(
     groups = starts(input_ids[:, :-tokens], attention_mask[:, :-tokens].bool()).sum().item()
     count = -(-len(input_ids) // groups)
     asked, said = (attention_mask[:, part].sum().item() / len(input_ids) for part in (slice(-tokens), slice(-tokens, None)))
-    length = lambda share: asked - 1 + share * said  # noqa: E731
-    work = lambda rows: rows * length(-(-count // rows)) * (matrices + attention * length(-(-count // rows)))  # noqa: E731
+
+    def work(copies):   # operations, where each copy of the prompt serves its part of the group
+        length = asked - 1 + -(-count // copies) * said
+        return copies * length * (matrices + attention * length)
+
     return -(-count // min(range(1, count + 1), key=work))
 
 # %% ../nbs/07b_packing.ipynb #c018

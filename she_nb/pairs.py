@@ -385,6 +385,8 @@ def load_part(
 def response_limit(
     folder: str | Path,  # of the data stage, with lengths.json
     most: int,           # tokens that a response may take at most
+    tokenizer,           # the policy's, which may need more tokens than the book's own
 ) -> int:                # no more than a little beyond the longest true chain of training
     "How long a response may become: a rare rambler would slow every step (ours)."
-    return min(most, json.loads((Path(folder) / "lengths.json").read_text())["chain_max"] + 4)
+    kept = json.loads((Path(folder) / "lengths.json").read_text())
+    return min(most, max(kept["chain_max"], *map(len, tokenizer(kept["longest"])["input_ids"])) + 4)

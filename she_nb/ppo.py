@@ -90,7 +90,14 @@ def learn(
 # %% ../nbs/11c_ppo.ipynb #c016
 class PPOCore(StepGRPOTrainer):
     "PPO with a critic and GAE (1707.06347), on the outcome, with TRL's clipped loss."
-    def __init__(self, *args, credit: str = "ppo", critic_lr: float = 3e-4, lam: float = 0.95, **kwargs):
+    def __init__(
+        self,
+        *args,
+        credit: str = "ppo",      # the arm's, as `train_rl` passes it; PPO is paid the outcome
+        critic_lr: float = 3e-4,  # AdamW, constant (ours)
+        lam: float = 0.95,        # of `gae`, whose gamma, per token, stays 1
+        **kwargs,                 # of StepGRPOTrainer
+    ):
         super().__init__(*args, credit="grpo", **kwargs)
         if self.accelerator.num_processes > 1: raise NotImplementedError("PPOTrainer runs in one process")
         self.critic, self.lam = Critic(self.accelerator.unwrap_model(self.model)), lam

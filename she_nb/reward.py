@@ -89,6 +89,9 @@ def step_errors(
     "The two error rates of SRaR (2605.17291)."
     answer, steps, paid = truths[:, 4] == 1, truths[:, :4], advantages[:, :4]
     known = ~steps.isnan()
-    share = lambda wrong, where: (wrong & where).sum().item() / max((known & where).sum().item(), 1)  # noqa: E731
+    def share(wrong, where):
+        count = (known & where).sum().item()
+        return (wrong & where).sum().item() / count if count else math.nan
+
     return {"wrong_rewarded": share((steps == 0) & (paid > 0), answer[:, None]),
             "right_punished": share((steps == 1) & (paid < 0), ~answer[:, None])}

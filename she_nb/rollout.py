@@ -85,7 +85,9 @@ class Sampled:
     logps: list[float]   # log-probabilities at the sampling temperature, one for each id
 
 # %% ../nbs/07_rollout.ipynb #c017
-def silent(model) -> dict: return {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+def silent(model) -> dict:  # arguments for its forward pass
+    "A mixture of experts need not report its routing while sampling."
+    return {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
 
 def read_prompts(model, prompts: list[list[int]], rows: Tensor, room: int):
     "The shared part: cache, mask of what may be seen, prompt lengths, and logits of the first token, a row for each response."

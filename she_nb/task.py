@@ -22,8 +22,10 @@ TIERS = {4: "Excellent", 3: "Related", 2: "Mismatch", 1: "Irrelevant"}  # the pa
 RELATIONS = ("same", "related", "unrelated")  # of the item's category to the wished one (ours)
 VERDICTS = ("match", "contradicted", "unknown")  # of one wish (ours; three-valued because sellers omit things)
 QUERY_TYPES = ("plain", "negation", "alternative", "question", "knowledge")  # TaoSR1
+# ways to share a reward among steps (chapter 5), listed here so that settings can check them without loading torch
 CREDIT_RULES = ("grpo", "grpo_mean", "srpo_group", "srpo_step", "srpo_return", "gdpo", "minimum", "first_error", "step_mask",
-                "graph", "lambda_grpo")  # keys of `advantage.CREDIT`
+                "graph", "lambda_grpo")
+# reason, then answer; answer, then reason; answer only
 ORDERS = {"think_first": (0, 1, 2, 3, 4), "answer_first": (4, 0, 1, 2, 3), "label_only": (4,)}
 
 # %% ../nbs/00_task.ipynb #c008
@@ -97,13 +99,13 @@ def tier_of(
 @dataclass(frozen=True)
 class Pair:
     "A query, an item, and what is known to be true of them."
-    id: str
+    id: str           # unique in its data set
     query: str        # the shopper's words
     item: str         # the text that the model is shown
     query_type: str   # one of QUERY_TYPES
     candidate: str    # how the item was found: seed, other_values, sibling, accessory, random
-    item_id: str
-    truth: StepTruth
+    item_id: str      # the item's id in its catalogue
+    truth: StepTruth  # what each step should say
 
     def to_dict(self) -> dict: return asdict(self)
 

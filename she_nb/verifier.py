@@ -26,7 +26,7 @@ def verify(
     parsed: Parsed,
     truth: StepTruth,
 ) -> list[float]:  # scores of steps 3, 4 and 5
-    "Indicators of the structured steps and of the tier (TaoSR-SHE, Eq. 5)."
+    "Indicators of the structured steps (TaoSR-SHE, Eq. 5) and of the tier (likewise: inferred)."
     return [step_score(parsed, truth, step) for step in (2, 3, 4)]
 
 def oracle(
