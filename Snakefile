@@ -11,7 +11,7 @@ if "SHE_NB_WATCH" in os.environ: watch_parent()
 
 book = read_book(config.get("book", ""))
 todo = pending(book, plan(book))
-first = {("judge", "all"): 300, "evaluate": 200, "ask": 160, "select": 160, "tune": 220, "train": 100, "judge": -50}
+first = {("judge", "all"): 300, "evaluate": 200, "judge_test": 170, "ask": 160, "select": 160, "tune": 220, "train": 100, "judge": -50}
 first |= {("train", arm): 150 for arm in book.arms}   # what all studies are held against; last, what few wait for
 
 

@@ -1,45 +1,90 @@
-"A newcomer's path: a fresh clone, `make book`, one thing changed as the README shows it, a new row in the report."
+"""The real thing, small. A newcomer's path: a fresh clone, `make book`, one thing changed as the README shows it, a new row in
+the report. And the same book, killed -9 in the middle of a training and continued: the same numbers."""
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Desk
 
-from she_nb.book import read_record
+from she_nb.evaluate import read_records
 
 BIN = Path(sys.executable).parent
 LINE = re.search(r"^she-nb book (-p arms \S+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)[1]
+MICRO = "book", "--preset", "micro"
+
+
+class Clone(Desk):
+    "A desk that is a clone, with the library that it holds."
+    def __init__(self, folder):
+        subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+        changed = subprocess.run(["git", "diff", "--binary", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+        if changed: subprocess.run(["git", "apply", "-"], cwd=folder, input=changed, check=True)  # not committed yet
+        super().__init__(folder)
+        own = {name: value for name, value in self.env.items() if not name.startswith("SHE_NB_")}
+        self.env = own | {"PYTHONPATH": str(folder)}
+
+    def make(self, *words):
+        words = "make", "-o", ".venv/.book", f"BIN={BIN}", *words
+        return subprocess.run(words, cwd=self.folder, env=self.env, capture_output=True, text=True)
+
+    def rows(self): return [line for line in (self.reports / "book/report.md").read_text().splitlines() if line.startswith("| ")]
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    "What git would hand to a newcomer, and what is not committed yet."
-    folder = tmp_path_factory.mktemp("newcomer") / "she-nb"
-    subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
-    changed = subprocess.run(["git", "diff", "--binary", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
-    if changed: subprocess.run(["git", "apply", "-"], cwd=folder, input=changed, check=True)
-    return folder
+    clone = Clone(tmp_path_factory.mktemp("newcomer") / "she-nb")
+    said = clone.make("book", "PRESET=micro")
+    assert said.returncode == 0, said.stderr
+    return clone
 
 
-def rows(clone): return [line for line in (clone / "reports/book/report.md").read_text().splitlines() if line.startswith("| ")]
+def records(desk): return {record["folder"].name: record for record in read_records(desk.reports / "book")}
+
+
+def numbers(desk):
+    "Final metrics of every run, less what the clock says."
+    return {key: {name: str(value) for name, value in record["metrics"].items() if "second" not in name}
+            for key, record in records(desk).items() if record["stage"] != "report"}
+
+
+def wait_for(line, path, process, seconds=400):
+    until = time.monotonic() + seconds
+    while not path.exists() or line not in path.read_text(errors="replace"):
+        assert process.poll() is None and time.monotonic() < until, f"{path} never said: {line}"
+        time.sleep(.05)
+
+
+def test_killed_in_training_ends_with_the_same_numbers(tmp_path, clone):
+    desk = Desk(tmp_path)
+    process, log = desk.start(*MICRO), desk.work / "book/logs/train-srpo-s0.log"
+    wait_for("step 5 of 12", log, process)  # behind the first checkpoint
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {key: record["seconds"] for key, record in records(desk).items()}
+    assert "sft-sft-s0" in finished and "train-srpo-s0" not in finished
+    said = desk.run(*MICRO)
+    assert said.returncode == 0, said.stderr
+    assert "continuing from checkpoint-" in log.read_text()
+    assert "continuing" not in (clone.work / "book/logs/train-srpo-s0.log").read_text()
+    again = {key: record["seconds"] for key, record in records(desk).items()}
+    assert {key: again[key] for key in finished} == finished  # no finished stage was repeated
+    assert numbers(desk) == numbers(clone)
+    assert (desk.reports / "book/report.html").stat().st_size > 10_000
 
 
 def test_one_thing_changed_is_a_new_row(clone):
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SHE_NB_", "MAKE"))}
-    env["PYTHONPATH"] = str(clone)  # its library, not the one beside these tests
-    model = clone / "work/book/train-srpo-s0/model.safetensors"
-    make = "make", "-o", ".venv/.book", f"BIN={BIN}", "book", "PRESET=micro"
-    more = BIN / "she-nb", "book", "--preset", "micro", *shlex.split(LINE)
-    for words in (make, more):
-        said = subprocess.run(words, cwd=clone, env=env, capture_output=True, text=True)
-        assert said.returncode == 0, said.stderr
-        if words is make: before, trained = rows(clone), model.stat().st_mtime_ns
-    assert model.stat().st_mtime_ns == trained, "what was there was made again"
-    new = [line for line in rows(clone) if line.startswith("| SRPO, gamma = 0.6 |")]
-    assert new and not [line for line in before if "gamma" in line]
-    (record,) = (clone / "reports/book/runs").glob("train-srpo+*/run.json")
-    assert read_record(record).parameters["gamma"] == 0.6
+    before, finished = clone.rows(), {key: record["seconds"] for key, record in records(clone).items()}
+    said = clone.run(*MICRO, *shlex.split(LINE))
+    assert said.returncode == 0, said.stderr
+    assert [line for line in clone.rows() if line.startswith("| SRPO, gamma = 0.6 |")]
+    assert not [line for line in before if "gamma = 0.6" in line]
+    again = records(clone)
+    assert {key for key in again if finished.get(key) != again[key]["seconds"]} == {
+        "train-srpo+gamma=0.6-s0", "evaluate-srpo+gamma=0.6-s0", "report-all-s0"}  # and nothing else ran
+    assert again["train-srpo+gamma=0.6-s0"]["parameters"]["gamma"] == 0.6
