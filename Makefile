@@ -50,7 +50,7 @@ lab: .venv/.test
 readme: .venv/.book
 	@mkdir -p work
 	@set -o pipefail; $(BIN)/jupyter nbconvert --execute --no-input --to markdown --stdout --log-level ERROR nbs/index.ipynb \
-	  | cat -s | sed -E 's#\]\(\.\./#](#g; s#\]\(([^:()]+\.ipynb)\)#](nbs/\1)#g' > work/README.md
+	  | cat -s | sed -E 's#\]\(([^:().][^:()]*\.(ipynb|md))\)#](nbs/\1)#g; s#\]\(\.\./#](#g' > work/README.md
 	@mv work/README.md "$(README)"
 
 .venv/.book: pyproject.toml constraints.txt
