@@ -232,6 +232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'she_nb.figures.byline': ('figures.html#byline', 'she_nb/figures.py'),
                                 'she_nb.figures.canvas': ('figures.html#canvas', 'she_nb/figures.py'),
                                 'she_nb.figures.chains_block': ('figures.html#chains_block', 'she_nb/figures.py'),
+                                'she_nb.figures.claim_said': ('figures.html#claim_said', 'she_nb/figures.py'),
                                 'she_nb.figures.claims_said': ('figures.html#claims_said', 'she_nb/figures.py'),
                                 'she_nb.figures.claims_table': ('figures.html#claims_table', 'she_nb/figures.py'),
                                 'she_nb.figures.cost_figure': ('figures.html#cost_figure', 'she_nb/figures.py'),

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['ARMS', 'MAIN', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 'EXAMPLE_CHAINS', 'EXAMPLE_TITLE', 'ARM_METRICS',
            'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'STUDY_METRICS', 'REASONS', 'TABLE_METRICS',
-           'SOONER', 'AIMS', 'SOON', 'WORTH', 'JUDGED', 'JUDGE_METRICS', 'MARKS', 'CSS', 'PAGE', 'arm_look',
+           'SOONER', 'AIMS', 'SOON', 'WORTH', 'JUDGED', 'JUDGE_METRICS', 'OUTCOMES', 'MARKS', 'CSS', 'PAGE', 'arm_look',
            'arm_order', 'image', 'save', 'canvas', 'example_predictions', 'example_curves', 'example_group',
            'example_samples', 'example_records', 'arms_figure', 'tier_f1_figure', 'type_f1_figure', 'absent_types',
            'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table',
            'cost_figure', 'percent', 'headline', 'inline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block',
            'escape', 'table_block', 'figure_block', 'metrics_table', 'study_table', 'effects_figure', 'study_block',
-           'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost', 'tuning_table', 'claims_table',
-           'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block', 'page_parts',
-           'render_report']
+           'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost', 'tuning_table', 'claim_said',
+           'claims_table', 'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block',
+           'page_parts', 'render_report']
 
 # %% ../nbs/13_figures.ipynb #043e52d9
 import base64
@@ -885,17 +885,35 @@ def tuning_table(
     return pd.DataFrame(rows).rename(columns={**TABLE_METRICS})
 
 # %% ../nbs/13_figures.ipynb #6b42bc5a
+OUTCOMES = {"holds": ("Ahead", " ✓"), "fails": ("Behind", " ✗"), "undecided": ("No difference found", "")}
+
+def claim_said(
+    tested: pd.DataFrame,  # the rows of one claim
+) -> str:                  # a sentence or two
+    "What may be said of a claim, and no more: how large an effect is at least, not only whether there is one."
+    tested = tested[tested["seeds"] > 1]
+    if tested.empty: return "One seed, which decides nothing."
+    said = []
+    for verdict, (word, _) in OUTCOMES.items():
+        rows = list(tested[tested["verdict"] == verdict].itertuples())
+        least = [f"{100 * min(abs(row.ci_low), abs(row.ci_high)):.1f}" for row in rows]
+        sure = [f" (at least {points})" if verdict != "undecided" else "" for points in least]
+        names = [inline(row.metric).replace(",", "") + more for row, more in zip(rows, sure, strict=True)]
+        if names: said.append(f"{word}: {', '.join(names)}.")
+    return " ".join(said)
+
 def claims_table(
     tested: pd.DataFrame,  # claims
-) -> pd.DataFrame:         # the same as texts, effects in points
-    "Claims as texts."
+) -> pd.DataFrame:         # a row for each claim, as texts: differences in points with intervals and marks, and a sentence
+    "Claims as texts; a tick: it holds, a cross: it fails, neither: undecided."
     rows = []
-    for row in tested.itertuples():
-        arms = " > ".join(arm_look(arm)[0] for arm in row.arms.split(","))
-        bounds = f" ({100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f})" if np.isfinite(row.ci_low) else ""
-        rows.append([f"{row.claim} ({row.source})", arms, row.metric, row.seeds, f"{100 * row.effect:+.1f}{bounds}", row.verdict,
-                     row.sentence])
-    return pd.DataFrame(rows, columns=["Claim", "Arms", "Metric", "Seeds", "Difference in points", "Verdict", "In words"])
+    for (claim, source, arms), mine in tested.groupby(["claim", "source", "arms"], sort=False):
+        bounds = lambda row: f" ({100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f})" if np.isfinite(row.ci_low) else ""  # noqa: E731
+        found = {row.metric: f"{100 * row.effect:+.1f}{bounds(row)}{OUTCOMES[row.verdict][1]}" for row in mine.itertuples()}
+        names = " > ".join(arm_look(arm)[0] for arm in arms.split(","))
+        rows.append([f"{claim} ({source})", names, mine["seeds"].max(), *(found.get(metric, "") for metric in STUDY_METRICS),
+                     claim_said(mine)])
+    return pd.DataFrame(rows, columns=["Claim", "Arms", "Seeds", *STUDY_METRICS.values(), "In words"])
 
 # %% ../nbs/13_figures.ipynb #e9f8a496
 def curve_notes(

@@ -171,7 +171,7 @@ def house_figure(
     return figure
 
 # %% ../nbs/13b_site.ipynb #132c8347
-CONF = """project = "she-nb"
+CONF = """project, author = "she-nb", "the she-nb authors"
 extensions = ["myst_nb", "she_nb.site"]
 html_theme, html_title, html_static_path = "sphinx_book_theme", "she-nb", ["_static"]
 html_css_files, html_js_files = ["book.css"], ["sort.js"]
@@ -185,6 +185,8 @@ suppress_warnings = ["myst.header", "mystnb.mime_priority"]
 """
 STYLE = """table { font-size: .85rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; max-width: 100%;
   width: fit-content; }
+.wide td, .wide th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+.wide caption { caption-side: bottom; }
 th { cursor: pointer; } th[aria-sort]::after { content: " \\2195"; }
 img, svg { max-width: 100%; height: auto; }
 html[data-theme=dark] main img { background: #fff; border-radius: 6px; padding: .3rem; }
@@ -265,7 +267,8 @@ def claims_page(
     tested = pd.read_csv(file, keep_default_na=True)
     told = show.table_block(show.claims_table(tested), "").markdown
     how = ("A claim holds when the 95 % interval of the difference, paired over seeds, lies above zero; it fails when the "
-           "interval lies below. Otherwise it is undecided, as it always is with one seed. Click a heading to sort.")
+           "interval lies below. Otherwise it is undecided, as it always is with one seed. Differences are in points; "
+           "✓: holds, ✗: fails. Click a heading to sort.")
     return f"# Claims\n\n> {show.claims_said(tested)}\n\n{how}\n\n{told}\n"
 
 def house_page(

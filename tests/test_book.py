@@ -29,9 +29,14 @@ class Clone(Desk):
         own = {name: value for name, value in self.env.items() if not name.startswith("SHE_NB_")}
         self.env = own | {"PYTHONPATH": str(folder)}
 
-    def make(self, *words):
+    def begin(self, *words):
+        "Start make in the background; `ended` waits for it, so that two books can be made side by side."
         words = "make", "-o", ".venv/.book", f"BIN={BIN}", *words
-        return subprocess.run(words, cwd=self.folder, env=self.env, capture_output=True, text=True)
+        self.process = subprocess.Popen(words, cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def ended(self):
+        _, said = self.process.communicate()
+        assert self.process.returncode == 0, said.decode()
 
     def rows(self): return [line for line in (self.reports / "book/report.md").read_text().splitlines() if line.startswith("| ")]
 
@@ -39,8 +44,7 @@ class Clone(Desk):
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     clone = Clone(tmp_path_factory.mktemp("newcomer") / "she-nb")
-    said = clone.make("book", "PRESET=micro")
-    assert said.returncode == 0, said.stderr
+    clone.begin("book", "PRESET=micro")
     return clone
 
 
@@ -70,6 +74,7 @@ def test_killed_in_training_ends_with_the_same_numbers(tmp_path, clone):
     assert "sft-sft-s0" in finished and "train-srpo-s0" not in finished
     said = desk.run(*MICRO)
     assert said.returncode == 0, said.stderr
+    clone.ended()
     assert "continuing from checkpoint-" in log.read_text()
     assert "continuing" not in (clone.work / "book/logs/train-srpo-s0.log").read_text()
     again = {key: record["seconds"] for key, record in records(desk).items()}
@@ -79,6 +84,7 @@ def test_killed_in_training_ends_with_the_same_numbers(tmp_path, clone):
 
 
 def test_one_thing_changed_is_a_new_row(clone):
+    if clone.process.poll() is None: clone.ended()
     before, finished = clone.rows(), {key: record["seconds"] for key, record in records(clone).items()}
     said = clone.run(*MICRO, *shlex.split(LINE))
     assert said.returncode == 0, said.stderr
