@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['checkpoints', 'own_pair', 'sample_group', 'recorded_group', 'tint', 'mark', 'group_html', 'Explorer', 'explorer',
-           'answers_html']
+           'untrained', 'answers_html']
 
 # %% ../nbs/explore.ipynb #74b8319f
 import html
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .advantage import CREDIT, advantage
 from .book import root
@@ -171,6 +171,14 @@ def explorer(
     sampled()
     return Panel([choice, query, item, w.HBox([policy, button, rule, gamma]), page])
 
+# %% ../nbs/explore.ipynb #6f617751
+def untrained(
+    folder: str | Path,   # of a saved policy that was trained from scratch
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "A policy of the same shape with random weights (ours)."
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval(), AutoTokenizer.from_pretrained(folder)
+
 # %% ../nbs/explore.ipynb #2f2a08ae
 def answers_html(
     policies: dict[str, Path],   # from `checkpoints`
@@ -178,8 +186,9 @@ def answers_html(
 ) -> str:                        # HTML: a line for each policy
     "What every policy says about one pair when it says what it thinks likeliest."
     rows = [("truth", render(pair.truth), [None] * 5)]
-    for name, folder in policies.items():
-        said = sample_group(*load_policy(folder), pair, size=1, temperature=0.0)["responses"][0]
+    for name, folder in {"before SFT": None, **policies}.items():
+        policy = load_policy(folder) if folder else untrained(next(iter(policies.values())))
+        said = sample_group(*policy, pair, size=1, temperature=0.0, limit=96 if folder else 24)["responses"][0]  # no end, no sense
         rows.append((name, "".join(said["tokens"]), said["rewards"]))
     signs = {None: "", 1.0: "✓", 0.0: "✗"}
     cells = [(html.escape(name), html.escape(text), "".join(signs.get(r, "?") for r in right)) for name, text, right in rows]

@@ -193,7 +193,8 @@ html[data-theme=dark] main img { background: #fff; border-radius: 6px; padding: 
 math[display=block] { margin: 1rem 0; overflow-x: auto; }
 header.bd-header { display: none !important; }
 .bd-main .bd-content .bd-article-container { max-width: 66rem; }
-div.cell pre, div.highlight pre { font-size: .82em; }
+@media (min-width: 1200px) { .bd-sidebar-primary, .bd-sidebar-secondary { flex: 0 0 13.5rem; max-width: 13.5rem; } }
+div.cell pre, div.highlight pre { font-size: .78em; }
 """
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
 <path d="M1 14h3v-4h3V7h3V4h3V1" fill="none" stroke="#d55e00" stroke-width="2"/></svg>"""
