@@ -188,7 +188,7 @@ def answers_html(
     rows = [("truth", render(pair.truth), [None] * 5)]
     for name, folder in {"before SFT": None, **policies}.items():
         policy = load_policy(folder) if folder else untrained(next(iter(policies.values())))
-        said = sample_group(*policy, pair, size=1, temperature=0.0, limit=96 if folder else 24)["responses"][0]  # no end, no sense
+        said = sample_group(*policy, pair, size=1, temperature=0.0, limit=96 if folder else 24)["responses"][0]  # babble
         rows.append((name, "".join(said["tokens"]), said["rewards"]))
     signs = {None: "", 1.0: "✓", 0.0: "✗"}
     cells = [(html.escape(name), html.escape(text), "".join(signs.get(r, "?") for r in right)) for name, text, right in rows]
