@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'MAIN', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 'EXAMPLE_CHAINS', 'EXAMPLE_TITLE', 'ARM_METRICS',
-           'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'STUDY_METRICS', 'REASONS', 'TABLE_METRICS',
-           'SOONER', 'AIMS', 'SOON', 'WORTH', 'JUDGED', 'JUDGE_METRICS', 'OUTCOMES', 'MARKS', 'CSS', 'PAGE', 'arm_look',
-           'arm_order', 'image', 'save', 'canvas', 'example_predictions', 'example_curves', 'example_group',
+           'CURVES', 'PANELS', 'WIDEST', 'STEP_PAD', 'TOKEN_PAD', 'STAGES', 'STUDY_METRICS', 'OUTCOMES', 'REASONS',
+           'TABLE_METRICS', 'SOONER', 'AIMS', 'SOON', 'WORTH', 'JUDGED', 'JUDGE_METRICS', 'MARKS', 'CSS', 'PAGE',
+           'arm_look', 'arm_order', 'image', 'save', 'canvas', 'example_predictions', 'example_curves', 'example_group',
            'example_samples', 'example_records', 'arms_figure', 'tier_f1_figure', 'type_f1_figure', 'absent_types',
            'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table',
-           'cost_figure', 'percent', 'headline', 'inline', 'claims_said', 'lead', 'how_sure', 'Block', 'text_block',
-           'escape', 'table_block', 'figure_block', 'metrics_table', 'study_table', 'effects_figure', 'study_block',
-           'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost', 'tuning_table', 'claim_said',
+           'cost_figure', 'percent', 'headline', 'inline', 'claim_said', 'claims_said', 'lead', 'how_sure', 'Block',
+           'text_block', 'escape', 'table_block', 'figure_block', 'metrics_table', 'study_table', 'effects_figure',
+           'study_block', 'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost', 'tuning_table',
            'claims_table', 'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block',
            'page_parts', 'render_report']
 
@@ -595,6 +595,24 @@ def inline(
     "A metric's name within a sentence."
     return STUDY_METRICS[metric][0].lower() + STUDY_METRICS[metric][1:]
 
+# %% ../nbs/13_figures.ipynb #ecbbff05
+OUTCOMES = {"holds": ("Ahead in", " ✓"), "fails": ("Behind in", " ✗"), "undecided": ("No difference found in", "")}
+
+def claim_said(
+    tested: pd.DataFrame,  # the rows of one claim
+) -> str:                  # a sentence or two
+    "What may be said of a claim, and no more: how large an effect is at least, not only whether there is one."
+    tested = tested[tested["seeds"] > 1]
+    if tested.empty: return "One seed, which decides nothing."
+    said = []
+    for verdict, (word, _) in OUTCOMES.items():
+        rows = list(tested[tested["verdict"] == verdict].itertuples())
+        least = [100 * min(abs(row.ci_low), abs(row.ci_high)) for row in rows]
+        sure = [(f" (at least {points:.1f})" if points >= .5 else " (by a hair)") * (verdict != "undecided") for points in least]
+        names = [inline(row.metric).replace(",", "") + more for row, more in zip(rows, sure, strict=True)]
+        if names: said.append(f"{word} {', '.join(names)}.")
+    return " ".join(said)
+
 # %% ../nbs/13_figures.ipynb #4e5cf75b
 def claims_said(
     tested: pd.DataFrame,  # claims
@@ -622,8 +640,8 @@ def lead(
                _reached(table, arms, "balanced/all_steps", "of pairs with all five steps right"))
     said = f"On the balanced test, **{arm_look(first)[0]}** reaches {reached[0]} and {reached[1]}."
     rival = tested[(tested["arms"] == f"{first},grpo") & (tested["seeds"] > 1)]
-    over = "; ".join(f"{inline(row.metric)}: {row.verdict}" for row in rival.itertuples())
-    return f"{said} {f'That it beats GRPO: {over}. ' * bool(over)}{claims_said(tested)}"
+    beside = claim_said(rival) if len(rival) else ""
+    return f"{said} {f'Against GRPO: {beside[0].lower()}{beside[1:]} ' if beside else ''}{claims_said(tested)}"
 
 # %% ../nbs/13_figures.ipynb #cb2a352d
 def how_sure(
@@ -885,23 +903,6 @@ def tuning_table(
     return pd.DataFrame(rows).rename(columns={**TABLE_METRICS})
 
 # %% ../nbs/13_figures.ipynb #6b42bc5a
-OUTCOMES = {"holds": ("Ahead", " ✓"), "fails": ("Behind", " ✗"), "undecided": ("No difference found", "")}
-
-def claim_said(
-    tested: pd.DataFrame,  # the rows of one claim
-) -> str:                  # a sentence or two
-    "What may be said of a claim, and no more: how large an effect is at least, not only whether there is one."
-    tested = tested[tested["seeds"] > 1]
-    if tested.empty: return "One seed, which decides nothing."
-    said = []
-    for verdict, (word, _) in OUTCOMES.items():
-        rows = list(tested[tested["verdict"] == verdict].itertuples())
-        least = [f"{100 * min(abs(row.ci_low), abs(row.ci_high)):.1f}" for row in rows]
-        sure = [f" (at least {points})" if verdict != "undecided" else "" for points in least]
-        names = [inline(row.metric).replace(",", "") + more for row, more in zip(rows, sure, strict=True)]
-        if names: said.append(f"{word}: {', '.join(names)}.")
-    return " ".join(said)
-
 def claims_table(
     tested: pd.DataFrame,  # claims
 ) -> pd.DataFrame:         # a row for each claim, as texts: differences in points with intervals and marks, and a sentence
