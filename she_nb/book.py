@@ -202,6 +202,8 @@ def variant(
 ) -> tuple[str, Settings]:  # how it is made (a credit rule, srpo in the reading of the settings; sft; floor), and its settings
     "What an arm trains by; BookError says what is wrong with its name (ours)."
     base, *changes = arm.split("+")
+    if len({change.partition("=")[0] for change in changes}) < len(changes):
+        raise BookError(f"{where}: {arm} changes one setting twice.")
     rule, own = VARIANTS.get(base, (base, {}))
     if changes and rule in ("sft", "dpo", "floor"):
         raise BookError(f"{where}: {arm} must be {base} alone; nothing of it is reinforcement learning.")
@@ -238,6 +240,10 @@ def load_settings(
         near = get_close_matches(base, ARMS, 1)
         mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(ARMS)}."
         raise BookError(f"{where}: there is no arm {base}; {mend}")
+    seen = {}
+    for arm in settings.arms:
+        twin = seen.setdefault(variant(settings, arm, where), arm)
+        if twin != arm and "+" in arm + twin: raise BookError(f"{where}: {twin} and {arm} are the same arm; keep one.")
     if settings.hidden_size % (2 * settings.heads):
         raise BookError(f"{where}: hidden_size = {settings.hidden_size} is no multiple of twice heads = {settings.heads}; "
                         "each head needs an even width.")

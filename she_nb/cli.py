@@ -169,12 +169,14 @@ class Plan:
         return self.runs[run.key]
 
     def judge(self, own: Settings, data: Run) -> Run:
-        "One judge for all seeds, as there is one verifier; and its test on what the first seed's policy says before RL."
+        "One judge for all arms and seeds, as there is one verifier; its test is what the first policy says that RL begins with."
+        begin, own = own.start, replace(self.book.settings, judge_share=own.judge_share)
         share = "all" if own.judge_share == 1 else f"share_{100 * own.judge_share:03.0f}"
         judge = self.add("judge", share, 0, own.threads_train, own, data_dir=data)
-        said = [run_key(kind, kind, self.book.seeds[0]) for kind in (self.book.settings.start, "sft")]
-        policy = next(self.runs[key] for key in said if key in self.runs)
-        self.add("judge_test", share, 0, own.threads_train, own, data_dir=data, judge_dir=judge, model_dir=policy)
+        if run_key("judge_test", share, 0) not in self.runs:
+            said = (run_key(kind, kind, self.book.seeds[0]) for kind in (begin, "sft"))
+            policy = next(self.runs[key] for key in said if key in self.runs)
+            self.add("judge_test", share, 0, own.threads_train, own, data_dir=data, judge_dir=judge, model_dir=policy)
         return judge
 
     def arm(self, arm: str, seed: int, models: dict[str, Run], data: Run) -> Run | None:

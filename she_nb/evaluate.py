@@ -366,7 +366,7 @@ def rollouts_to_target(
     arm: str,
     rival: str,             # whose last look is the target
     metric: str = "held_all_steps",  # a column of the curves, empty between two looks
-) -> dict[int, float]:      # by shared seed: share of the rival's rollouts; NaN where the arm never gets there
+) -> dict[int, float]:      # by shared seed: share of the rival's steps; NaN where the arm never gets there
     "Steps that an arm needs for its rival's final value, as a ratio (ours); who refills asks more a step, and looks cheaper."
     if metric not in curves: return {}
     seen = curves.dropna(subset=[metric])

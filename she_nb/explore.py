@@ -173,7 +173,7 @@ def explorer(
 
 # %% ../nbs/explore.ipynb #6f617751
 def untrained(
-    folder: str | Path,   # of a saved policy that was trained from scratch
+    folder: str | Path,   # of a saved policy; its weights are not read
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A policy of the same shape with random weights (ours)."
     set_seed(0)
@@ -186,7 +186,7 @@ def answers_html(
 ) -> str:                        # HTML: a line for each policy
     "What every policy says about one pair when it says what it thinks likeliest."
     rows = [("truth", render(pair.truth), [None] * 5)]
-    for name, folder in {"before SFT": None, **policies}.items():
+    for name, folder in ({"random weights": None} | policies).items():
         policy = load_policy(folder) if folder else untrained(next(iter(policies.values())))
         said = sample_group(*policy, pair, size=1, temperature=0.0, limit=96 if folder else 24)["responses"][0]  # babble
         rows.append((name, "".join(said["tokens"]), said["rewards"]))

@@ -608,7 +608,7 @@ def claim_said(
     for verdict, (word, _) in OUTCOMES.items():
         rows = list(tested[tested["verdict"] == verdict].itertuples())
         least = [100 * min(abs(row.ci_low), abs(row.ci_high)) for row in rows]
-        sure = [(f" (at least {points:.1f})" if points >= .5 else " (by a hair)") * (verdict != "undecided") for points in least]
+        sure = [f" (at least {points:.1f})" * (verdict != "undecided") for points in least]
         names = [inline(row.metric).replace(",", "") + more for row, more in zip(rows, sure, strict=True)]
         if names: said.append(f"{word} {', '.join(names)}.")
     return " ".join(said)
@@ -616,7 +616,7 @@ def claim_said(
 # %% ../nbs/13_figures.ipynb #4e5cf75b
 def claims_said(
     tested: pd.DataFrame,  # claims
-) -> str:                  # one sentence
+) -> str:                  # one sentence or two
     "What became of the claims."
     if tested.empty: return "No two arms that a claim compares share a seed, so no claim is tested."
     several = tested[tested["seeds"] > 1]
@@ -631,7 +631,7 @@ def claims_said(
 def lead(
     table: pd.DataFrame,   # a summary
     tested: pd.DataFrame,  # claims
-) -> str:                  # two sentences of Markdown
+) -> str:                  # a few sentences of Markdown
     "The verdict in words, from the records."
     if table.empty: return "No arm has been evaluated yet, so there is no verdict."
     first = headline(table) or next((arm for arm in reversed(MAIN) if arm in set(table["arm"])), arm_order(table["arm"])[-1])
@@ -789,7 +789,8 @@ def study_block(
     alone = [arm_look(arm)[0] for arm in dict.fromkeys(found["arm"][found["seeds"] == 1])]
     if alone: said.append(f"- With one seed, which decides nothing: {', '.join(alone)}.")
     words = f"Both tests, in percent, over the seeds that all these arms share. {how_sure(ran)}"
-    blocks = [picture, table_block(study_table(ran, arms), words), text_block("\n".join(said))]
+    none = text_block("No seed is shared by all these arms yet.")
+    blocks = [picture, table_block(study_table(ran, arms), words) if len(ran) else none, text_block("\n".join(said))]
     return Block("".join(block.html for block in blocks), "\n\n".join(block.markdown for block in blocks))
 
 # %% ../nbs/13_figures.ipynb #5ce4ad0c

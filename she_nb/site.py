@@ -44,7 +44,7 @@ def fresh(
     return notebook.metadata.get("ran") == code_mark(notebook) or all(cell.cell_type != "code" for cell in notebook.cells)
 
 # %% ../nbs/13b_site.ipynb #853c675f
-STEPS_BEFORE = re.compile(r"(?:^step \d+ of \d+.*\n\s*)+(?=^step \d+ of )", re.M)   # a training's progress but for its last line
+STEPS_BEFORE = re.compile(r"^step (\d+) of (?!\1\b)\d+.*\n\s*", re.M)   # a training's progress but for its last line
 PLAIN = {"image/svg+xml", "image/png", "text/html", "text/markdown", "text/latex", "text/plain"}
 
 def kept_output(
@@ -67,7 +67,8 @@ def run(
     pictures = {"bbox_inches": "tight", "metadata": {"Date": None}}   # vectors, the same bytes every time
     options = ["--IPKernelApp.log_level=CRITICAL", "--InlineBackend.figure_formats=svg",
                f"--InlineBackend.print_figure_kwargs={pictures}"]
-    client = NotebookClient(notebook, timeout=seconds, kernel_name="python3", resources=place, extra_arguments=options)
+    client = NotebookClient(notebook, timeout=seconds, kernel_name="python3", resources=place, extra_arguments=options,
+                            coalesce_streams=True)
     try: client.execute()
     except CellExecutionError as error: raise BookError(f"{path} failed: {error.ename}: {error.evalue}.") from None
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):

@@ -15,7 +15,7 @@ from she_nb.cli import open_book, parser
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
-INLINE = re.findall(r"`(make [^`]+)`", TEXT)
+INLINE = re.findall(r"`((?:make|she-nb) [^`]+)`", TEXT)
 COMMANDS = sorted({line.partition("#")[0].strip() for line in "\n".join([*BLOCKS, *INLINE]).splitlines()} - {""})
 BIN = Path(sys.executable).parent
 
