@@ -208,8 +208,8 @@ document.addEventListener("click", event => {
   head.setAttribute("aria-sort", down > 0 ? "ascending" : "descending");
   const key = row => { const text = row.children[place].textContent.trim(), value = parseFloat(text.replace("\u2212", "-"));
     return isNaN(value) ? text : value; };
-  const sign = (a, b) => typeof a === typeof b ? (a < b ? -1 : a > b) : typeof a === "number" ? -1 : 1;
-  [...rows.rows].sort((a, b) => down * sign(key(a), key(b))).forEach(row => rows.append(row));
+  const sign = (a, b) => typeof a === typeof b ? down * (a < b ? -1 : a > b) : typeof a === "number" ? -1 : 1;  // no number: last
+  [...rows.rows].sort((a, b) => sign(key(a), key(b))).forEach(row => rows.append(row));
 });
 """
 

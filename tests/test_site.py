@@ -100,11 +100,11 @@ def test_dark_is_dark(visit):
 def test_claims_can_be_sorted(visit):
     page = visit("claims")
     numbers = "[...document.querySelectorAll('main table tbody tr')].map(row => parseFloat(row.cells[4].textContent))"
-    page.locator("main thead th").nth(4).click()
-    found = page.evaluate(numbers)
-    assert len(found) > 2 and found == sorted(found)
-    page.locator("main thead th").nth(4).click()
-    assert page.evaluate(numbers) == sorted(found, reverse=True)
+    for turned in (False, True):
+        page.locator("main thead th").nth(4).click()
+        found = page.evaluate(numbers)
+        known = [number for number in found if number == number]  # a claim without this number stands last, either way
+        assert len(known) > 2 and found[:len(known)] == sorted(known, reverse=turned)
 
 
 def test_the_explorer_shows_a_group(visit):
