@@ -55,6 +55,7 @@ def kept_output(
     if alive and output.output_type == "display_data": return False   # a progress bar
     return output.output_type == "error" or output.get("name") == "stdout" or bool(PLAIN & set(output.get("data", {})))
 
+# %% ../nbs/13b_site.ipynb #042c9cbd
 def run(
     path: str | Path,       # of a notebook, written anew with its outputs
     seconds: int = 1200,    # for a cell at most
@@ -184,6 +185,8 @@ myst_enable_extensions, myst_heading_anchors = ["dollarmath", "colon_fence"], 3
 html_math_renderer = "mathml"
 suppress_warnings = ["myst.header", "mystnb.mime_priority"]
 """
+
+# %% ../nbs/13b_site.ipynb #e9909420
 STYLE = """table { font-size: .85rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; max-width: 100%;
   width: fit-content; }
 .wide td, .wide th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
@@ -199,6 +202,8 @@ div.cell pre, div.highlight pre { font-size: .78em; }
 """
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
 <path d="M1 14h3v-4h3V7h3V4h3V1" fill="none" stroke="#d55e00" stroke-width="2"/></svg>"""
+
+# %% ../nbs/13b_site.ipynb #614c88b6
 SORT = """// A click on a heading sorts its table by that column, numbers as numbers; another click turns it round.
 document.addEventListener("click", event => {
   const head = event.target.closest("table thead th"); if (!head) return;
