@@ -32,7 +32,7 @@ test: .venv/.test
 	$(BIN)/ruff check
 	@rm -rf work/made
 	SHE_NB_MADE="$(abspath work/made)" OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile --no-loadscope-reorder  # the longest file first
 
 # run the notebooks whose code changed, and keep what they show
 outputs: .venv/.test

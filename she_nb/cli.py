@@ -187,7 +187,8 @@ class Plan:
         begin, more = models[own.start], {}
         if own.reward == "judge" or own.reward == "hybrid" and credit not in ("grpo", "ppo"):  # these look at the tier
             more["judge_dir"] = self.judge(own, data)
-        if (own.selection, own.curriculum) != ("random", "single"):
+        if {(use.selection, use.curriculum) for use in (own, self.book.settings)} != {("random", "single")}:
+            # random prompts, too, come from those asked about where the preset selects among these
             asked = self.add("ask", own.start, seed, own.threads_train, data_dir=data, model_dir=begin)
             name = f"{own.selection}_{own.curriculum}_{own.start}"
             more["select_dir"] = self.add("select", name, seed, own.threads_train, own, data_dir=data, ask_dir=asked)

@@ -117,8 +117,10 @@ class PPOCore(StepGRPOTrainer):
         advantages = gae(rewards, values, said, lam=self.lam)
         lost = learn(self.critic, self.critic_optimizer, parts, ids, mask, said, advantages + values)
         output["advantages"] = whitened(advantages, said).view(output["completion_mask"].shape)
-        numbers = {"value_loss": lost, "advantage_std": advantages[said.bool()].std().item()}
+        paid = output["advantages"].view(said.shape)[said.bool()]
+        numbers = {"value_loss": lost, "advantage_std": paid.std().item(), "advantage_mean": paid.mean().item()}
         for name, number in numbers.items(): self._metrics["train"][name] = [number]
+        for name in ("wrong_rewarded", "right_punished"): self._metrics["train"].pop(name, None)  # of GRPO's step advantages
         return output
 
 # %% ../nbs/11c_ppo.ipynb #c017

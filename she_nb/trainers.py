@@ -79,7 +79,7 @@ class Watch(TrainerCallback):
     "A look at the policy between two steps: what `measure` finds joins the row of that step (ours)."
     def __init__(
         self,
-        measure: Callable[[PreTrainedModel], dict[str, float]],  # draws no random numbers
+        measure: Callable[[PreTrainedModel], dict[str, float]],  # may draw random numbers; training's stream stays where it was
         every: int,   # steps; 0: never
     ):
         self.measure, self.every = measure, every
@@ -87,7 +87,7 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "train_runtime" in logs or not self.every or state.global_step % self.every: return
         start, training = time.perf_counter(), model.training
-        found = {f"held_{name}": value for name, value in self.measure(model.eval()).items()}
+        with torch.random.fork_rng(): found = {f"held_{name}": value for name, value in self.measure(model.eval()).items()}
         model.train(training)
         for row in (logs, state.log_history[-1]): row |= found | {"watch_seconds": time.perf_counter() - start}
 
