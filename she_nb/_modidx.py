@@ -267,6 +267,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'she_nb.figures.run_facts': ('figures.html#run_facts', 'she_nb/figures.py'),
                                 'she_nb.figures.samples_of': ('figures.html#samples_of', 'she_nb/figures.py'),
                                 'she_nb.figures.save': ('figures.html#save', 'she_nb/figures.py'),
+                                'she_nb.figures.sooner': ('figures.html#sooner', 'she_nb/figures.py'),
                                 'she_nb.figures.sooner_said': ('figures.html#sooner_said', 'she_nb/figures.py'),
                                 'she_nb.figures.step_figure': ('figures.html#step_figure', 'she_nb/figures.py'),
                                 'she_nb.figures.studies_block': ('figures.html#studies_block', 'she_nb/figures.py'),

@@ -11,9 +11,9 @@ __all__ = ['ARMS', 'MAIN', 'LOOK', 'TESTS', 'EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 
            'step_figure', 'curves_figure', 'credit_rows', 'credit_figure', 'credit_of', 'credit_said', 'cost_table',
            'cost_figure', 'percent', 'headline', 'inline', 'claim_said', 'claims_said', 'lead', 'how_sure', 'Block',
            'text_block', 'escape', 'table_block', 'figure_block', 'metrics_table', 'study_table', 'effects_figure',
-           'study_block', 'studies_block', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost', 'tuning_table',
-           'claims_table', 'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of', 'chains_block',
-           'page_parts', 'render_report']
+           'study_block', 'studies_block', 'sooner', 'sooner_said', 'aims_table', 'judge_rows', 'judge_cost',
+           'tuning_table', 'claims_table', 'curve_notes', 'byline', 'run_facts', 'parameter_table', 'samples_of',
+           'chains_block', 'page_parts', 'render_report']
 
 # %% ../nbs/13_figures.ipynb #043e52d9
 import base64
@@ -42,6 +42,7 @@ from she_nb.evaluate import (
     curves,
     effects,
     metrics,
+    paired_difference,
     pick,
     read_records,
     read_table,
@@ -813,6 +814,17 @@ def studies_block(
 # %% ../nbs/13_figures.ipynb #cd71d547
 SOONER = {"held_all_steps": "share of right chains", "held_macro_f1": "macro F1"}
 
+def sooner(
+    log: pd.DataFrame,   # curves
+    arm: str,
+    rival: str,
+    metric: str,         # a key of SOONER
+) -> tuple[dict, dict, Interval | None]:  # shares of the rollouts to the rival's end, of both by seed; paired difference
+    "Both on their way to the rival's end, so that luck at a look helps both; in the difference, never there counts as all."
+    ours, theirs = (rollouts_to_target(log, who, rival, metric) for who in (arm, rival))
+    whole = ({seed: float(np.nan_to_num(share, nan=1.0)) for seed, share in shares.items()} for shares in (ours, theirs))
+    return ours, theirs, paired_difference(*whole) if ours else None
+
 def sooner_said(
     log: pd.DataFrame,   # curves
     arm: str = "srpo",
@@ -826,9 +838,12 @@ def sooner_said(
 
     said, names = [], {who: arm_look(who)[0] for who in (arm, rival)}
     for metric, words in SOONER.items():
-        ours, theirs = (list(rollouts_to_target(log, who, rival, metric).values()) for who in (arm, rival))
-        if ours: said.append(f"{names[arm]} first has {names[rival]}'s final {words} {reached(ours)}. "
-                             f"{names[rival]} first has its own {reached(theirs)}.")
+        ours, theirs, apart = sooner(log, arm, rival, metric)
+        if not ours: continue
+        low, mean, high = (f"{100 * value:+.0f}" for value in (apart.low, apart.mean, apart.high))
+        said.append(f"{names[arm]} first has {names[rival]}'s final {words} {reached(ours.values())}. "
+                    f"{names[rival]} first has its own {reached(theirs.values())}. "
+                    + (f"The difference is {mean} points of the rollouts ({low} to {high})." if apart.n > 1 else ""))
     return " ".join(said) or "No two arms that could be compared have left their curves."
 
 # %% ../nbs/13_figures.ipynb #ec1b784d
@@ -848,12 +863,13 @@ def aims_table(
             sure = "" if row.ci_low > 0 else ", but the interval holds 0"
             aim(f"{arm_look(arm)[0]} over {arm_look(rival)[0]}, {inline(metric)}", f"{100 * least:.0f} points",
                 f"{100 * row.effect:.1f} points", row.effect < least and f"{100 * (least - row.effect):.1f} points", sure)
-    ours, theirs = (list(rollouts_to_target(curves(records), arm, "grpo").values()) for arm in ("srpo", "grpo"))
+    ours, theirs, apart = sooner(curves(records), "srpo", "grpo", "held_all_steps")
     if ours:  # a seed that never gets there counts as all of the rollouts, and is named
-        share, never = np.mean(np.nan_to_num(ours, nan=1.0)), int(np.isnan(ours).sum())
+        shares, own = list(ours.values()), np.mean(list(theirs.values()))
+        share, never = np.mean(np.nan_to_num(shares, nan=1.0)), int(np.isnan(shares).sum())
         missed = f"{max(share - SOON, 0):.0%}, never reached in {never} of {len(ours)} seeds" if never else f"{share - SOON:.0%}"
-        aim("Rollouts to GRPO's final share of right chains", f"{SOON:.0%}", f"{share:.0%} (GRPO itself {np.mean(theirs):.0%})",
-            (never or share > SOON) and missed)
+        aim("Rollouts to GRPO's final share of right chains", f"{SOON:.0%}", f"{share:.0%} (GRPO itself {own:.0%})",
+            (never or share > SOON) and missed, "" if apart.high < 0 else ", but not surely sooner than GRPO itself")
     for record in (r for r in pick(records, "judge_test", "all") if "kept/open_steps/accuracy" in r["metrics"]):
         worth = record["metrics"]["kept/open_steps/accuracy"]
         aim("Judge on steps 1 and 2 that the policy says before RL", f"{WORTH:.0%}", f"{worth:.1%}",
