@@ -1,11 +1,12 @@
 # The graph of a book's runs: each rule is one papermill call of a notebook in nbs/stages. `she-nb book` starts it.
 # By hand, for example with an executor plugin on a cluster, from the folder of the book:
 #     snakemake --cores 2 --forceall
-# The records decide what is finished (she_nb.cli.pending), not file times: only pending runs have a rule here.
+# The records decide what is finished (she_nb.book.graph.pending), not file times: only pending runs have a rule here.
 import os
 import re
 
-from she_nb.cli import job, outputs, pending, plan, read_book, watch_parent
+from she_nb.book.cli import watch_parent
+from she_nb.book.graph import job, outputs, pending, plan, read_book
 
 if "SHE_NB_WATCH" in os.environ: watch_parent()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'TIERS', 'RELATIONS', 'VERDICTS', 'QUERY_TYPES', 'CREDIT_RULES', 'ORDERS', 'RULES', 'ESCAPES', 'TAGS',
-           'TAG_PATTERN', 'BYTE_TOKEN', 'BookError', 'atomic_write', 'Wish', 'StepTruth', 'tier_of', 'Pair', 'prompt',
-           'step_texts', 'render', 'Parsed', 'parse', 'read_wish', 'read_named', 'read_step', 'step_value',
+           'TAG_PATTERN', 'BYTE_TOKEN', 'BookError', 'root', 'atomic_write', 'Wish', 'StepTruth', 'tier_of', 'Pair',
+           'prompt', 'step_texts', 'render', 'Parsed', 'parse', 'read_wish', 'read_named', 'read_step', 'step_value',
            'byte_decoder', 'token_bytes', 'response_text', 'step_ids']
 
 # %% ../nbs/00_task.ipynb #c002
@@ -22,7 +22,7 @@ TIERS = {4: "Excellent", 3: "Related", 2: "Mismatch", 1: "Irrelevant"}  # the pa
 RELATIONS = ("same", "related", "unrelated")  # of the item's category to the wished one (ours)
 VERDICTS = ("match", "contradicted", "unknown")  # of one wish (ours; three-valued because sellers omit things)
 QUERY_TYPES = ("plain", "negation", "alternative", "question", "knowledge")  # TaoSR1
-# ways to share a reward among steps (chapter 5), listed here so that settings can check them without loading torch
+# ways to share a reward among steps (chapter advantage), listed here so that settings can check them without loading torch
 CREDIT_RULES = ("grpo", "grpo_mean", "srpo_group", "srpo_step", "srpo_return", "gdpo", "minimum", "first_error", "step_mask",
                 "graph", "lambda_grpo")
 # reason, then answer; answer, then reason; answer only
@@ -31,6 +31,14 @@ ORDERS = {"think_first": (0, 1, 2, 3, 4), "answer_first": (4, 0, 1, 2, 3), "labe
 # %% ../nbs/00_task.ipynb #c008
 class BookError(ValueError):
     "A user's mistake, told in one sentence that names the file, row or field and the mend."
+
+# %% ../nbs/00_task.ipynb #2bcfc954
+def root() -> Path:  # the folder with settings.ini, data/ and nbs/
+    "The book's folder: beside the package, else the nearest one above the working directory (ours)."
+    beside = [Path(__file__).parent.parent] if "__file__" in globals() else []
+    for folder in (*beside, Path.cwd(), *Path.cwd().parents):
+        if (folder / "settings.ini").is_file(): return folder.resolve()
+    raise BookError("No settings.ini here or above; run she-nb inside the book's folder.")
 
 # %% ../nbs/00_task.ipynb #c010
 def atomic_write(

@@ -5,35 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, writes
+
+from she_nb.book.examples import write_stages
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = "arm, seed, preset = 'srpo', 0, 'micro'\nout = record = inputs = ''\n"
-DECLARED = {
-    "data": "catalog = ''\ndata_seed = 0",
-    "sft": "sft_lr = 1e-3\ndata_dir = ''",
-    "dpo": "dpo_lr = 1e-4\ndata_dir = model_dir = ''",
-    "judge": "judge_lr = 1e-3\ndata_dir = ''",
-    "judge_test": "data_dir = model_dir = judge_dir = ''",
-    "ask": "data_dir = model_dir = ''",
-    "select": "curriculum = ''\ndata_dir = ask_dir = ''",
-    "train": "rl_lr = 2e-4\ndata_dir = model_dir = select_dir = judge_dir = ''",
-    "evaluate": "data_dir = model_dir = ''",
-    "report": "reports = ''",
-}
-
-
-def write_stages(folder, **bodies):
-    "Toy stages that leave a file and a record; `bodies` replaces the work of some."
-    folder.mkdir(parents=True, exist_ok=True)
-    for stage, names in DECLARED.items():
-        begin = f"from she_nb.book import start_run\nrun = start_run('{stage}', globals())"
-        work = bodies.get(stage, "(run.out / 'made').write_text(arm)")
-        cells = [new_code_cell(COMMON + names, metadata={"tags": ["parameters"]}), new_code_cell(begin),
-                 new_code_cell(work), new_code_cell("run.finish({'wild/accuracy': 0.5})")]
-        notebook = new_notebook(cells=[new_markdown_cell("# A toy\n\nIt only counts."), *cells])
-        (folder / f"{stage}.ipynb").write_text(writes(notebook))
-
 
 class Desk:
     "A folder with its own work/ and reports/, in which the command runs."
@@ -44,7 +19,7 @@ class Desk:
         self.env |= {"SHE_NB_WORK": str(self.work), "SHE_NB_REPORTS": str(self.reports), "PYTHONPATH": path}
         if stages: self.env["SHE_NB_STAGES"] = str(stages)
 
-    def words(self, *words): return [sys.executable, "-m", "she_nb.cli", *map(str, words)]
+    def words(self, *words): return [sys.executable, "-m", "she_nb.book.cli", *map(str, words)]
 
     def run(self, *words):
         return subprocess.run(self.words(*words), cwd=self.folder, env=self.env, capture_output=True, text=True)

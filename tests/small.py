@@ -6,10 +6,10 @@ import torch
 from transformers import set_seed
 from trl import GRPOConfig
 
-from she_nb.models import corpus, new_model, train_tokenizer
-from she_nb.sharing import as_rows
+from she_nb.learning.trainers import StepGRPOTrainer, rl_config, rl_dataset, sft_dataset, train_sft
+from she_nb.policy.models import corpus, new_model, train_tokenizer
+from she_nb.policy.sharing import as_rows
 from she_nb.task import Pair, StepTruth, Wish, render, tier_of
-from she_nb.trainers import StepGRPOTrainer, rl_config, rl_dataset, sft_dataset, train_sft
 
 COLORS, THINGS = ("red", "blue"), ("boots", "mug", "lamp")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Desk
 
-from she_nb.evaluate import read_records
+from she_nb.evidence.evaluate import read_records
 
 BIN = Path(sys.executable).parent
 LINE = re.search(r"^she-nb book (-p arms \S+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)[1]

@@ -7,9 +7,9 @@ import torch
 from small import CHAINS, PAIRS, fresh, moved, rows, settings, trainer, weights
 from transformers import TrainerCallback
 
-from she_nb.models import new_model
-from she_nb.ppo import PPOTrainer
-from she_nb.trainers import Progress, StepGRPOTrainer, run_training, sft_dataset, train_rl, train_sft
+from she_nb.learning.ppo import PPOTrainer
+from she_nb.learning.trainers import Progress, StepGRPOTrainer, run_training, sft_dataset, train_rl, train_sft
+from she_nb.policy.models import new_model
 
 
 class Killed(Exception): pass

@@ -6,8 +6,8 @@ import time
 import pytest
 from conftest import ROOT, refused, write_stages
 
-from she_nb.book import read_record
-from she_nb.cli import open_book, plan
+from she_nb.book.graph import open_book, plan
+from she_nb.book.records import read_record
 
 BOOK = ("book", "--preset", "micro", "-p", "start", "sft", "-p", "reward", "oracle", "-p", "curriculum", "single")  # eight runs
 

@@ -25,12 +25,12 @@ def python(wheel, *words):
 
 
 def test_the_command_starts_fast_and_without_torch(wheel):
-    code = ("import sys, time; start = time.perf_counter(); import she_nb.cli; took = time.perf_counter() - start; "
+    code = ("import sys, time; start = time.perf_counter(); import she_nb.book.cli; took = time.perf_counter() - start; "
             "print(she_nb.__file__); sys.exit('torch' in sys.modules or took > 3)")
     done = python(wheel, "-c", code)
     assert done.returncode == 0 and str(wheel) in done.stdout
 
 
 def test_outside_the_book_one_sentence_says_what_is_missing(wheel):
-    refused(python(wheel, "-m", "she_nb.cli", "book"), "run she-nb inside the book's folder")
-    assert "ablations" in python(wheel, "-m", "she_nb.cli", "--help").stdout
+    refused(python(wheel, "-m", "she_nb.book.cli", "book"), "run she-nb inside the book's folder")
+    assert "ablations" in python(wheel, "-m", "she_nb.book.cli", "--help").stdout

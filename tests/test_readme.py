@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from she_nb.book import check_arguments, declared, stage_notebook
-from she_nb.cli import open_book, parser
+from she_nb.book.cli import parser
+from she_nb.book.graph import open_book
+from she_nb.book.stages import check_arguments, declared, stage_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,9 +5,9 @@ from small import PAIRS, Kept, fresh, moved, rows, settings, trainer, weights
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3MoeConfig, set_seed
 from trl import GRPOTrainer
 
-from she_nb.models import new_model
-from she_nb.sharing import SharedPromptTrainer
-from she_nb.trainers import rl_dataset
+from she_nb.learning.trainers import rl_dataset
+from she_nb.policy.models import new_model
+from she_nb.policy.sharing import SharedPromptTrainer
 
 NAMES = ("loss", "grad_norm", "entropy", "reward", "all_steps", "advantage_std")
 

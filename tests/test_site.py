@@ -18,7 +18,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def address(tmp_path_factory):
     "Where the built site is served."
     pytest.importorskip("sphinx", reason="the site's tools are not installed")
-    from she_nb.site import build
+    from she_nb.book.site import build
     first = build(ROOT, tmp_path_factory.mktemp("site"))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(first.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -66,14 +66,14 @@ def test_the_first_page(visit):
 def test_from_page_to_page(visit):
     page = visit("index")
     page.locator("nav a", has_text="Advantages").first.click()
-    page.wait_for_url("**/05_advantage.html")
+    page.wait_for_url("**/30_learning.advantage.html")
     assert page.inner_text("h1").startswith("Advantages")
     assert page.locator("div.cell_input").count() > 10 and page.locator("div.cell_output").count() > 5
-    assert "she_nb.advantage" in page.inner_text("#reference-she-nb-advantage h2")
+    assert "she_nb.learning.advantage" in page.inner_text("#reference-she-nb-learning-advantage h2")
 
 
 def test_a_formula_is_drawn(visit):
-    box = visit("05_advantage").locator("math").first.bounding_box()
+    box = visit("30_learning.advantage").locator("math").first.bounding_box()
     assert box["width"] > 4 and box["height"] > 8
 
 
@@ -84,7 +84,7 @@ def test_search_finds_a_page(visit):
     assert page.locator("#search-results li").count() > 2
 
 
-@pytest.mark.parametrize("name", ["index", "05_advantage", "claims", "report", "explore"])
+@pytest.mark.parametrize("name", ["index", "30_learning.advantage", "claims", "report", "66_serving.explore"])
 def test_on_a_phone(visit, name):
     page = visit(name, width=390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 391
@@ -108,5 +108,5 @@ def test_claims_can_be_sorted(visit):
 
 
 def test_the_explorer_shows_a_group(visit):
-    page = visit("explore")
+    page = visit("66_serving.explore")
     assert page.locator("main ol li span[title]").count() > 10

@@ -14,10 +14,10 @@ from transformers import set_seed
 from trl import GRPOTrainer
 from two_processes import run as run_told
 
-from she_nb.advantage import CREDIT, advantage
-from she_nb.models import new_model
+from she_nb.learning.advantage import CREDIT, advantage
+from she_nb.learning.trainers import StepGRPOTrainer, curve_rows, rl_dataset, train_rl
+from she_nb.policy.models import new_model
 from she_nb.task import BookError, parse
-from she_nb.trainers import StepGRPOTrainer, curve_rows, rl_dataset, train_rl
 from she_nb.verifier import step_rewards
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")

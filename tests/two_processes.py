@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from small import Kept, Told, rows, scripts, settings, tokenizer, trainer, weights
 
-from she_nb.models import new_model
+from she_nb.policy.models import new_model
 
 
 class ToldAndKept(Told, Kept): pass
