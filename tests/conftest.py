@@ -49,14 +49,14 @@ def refused(done, words, code=2):
 
 
 @pytest.fixture(scope="session")
-def words():
-    "The small judge's tokenizer."
-    from small import tokenizer  # and torch with it, for those who need it
-    return tokenizer()
+def tokenizer():
+    "The small policy's tokenizer."
+    from small import make_tokenizer  # and torch with it, for those who need it
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def policy(words, tmp_path_factory):
-    "A small judge that knows the form of an answer."
-    from small import taught
-    return taught(words, tmp_path_factory.mktemp("taught"))
+def policy(tokenizer, tmp_path_factory):
+    "A small policy that knows the form of a response."
+    from small import tuned_policy
+    return tuned_policy(tokenizer, tmp_path_factory.mktemp("tuned"))

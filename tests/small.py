@@ -1,4 +1,4 @@
-"A judge small enough for contracts: twelve written pairs, 400 ids, one layer, trainers that say what they are told."
+"A judge small enough for contracts: twelve written pairs, 400 ids, one layer, trainers with scripted responses."
 import random
 from dataclasses import fields
 
@@ -28,20 +28,20 @@ TRUTHS = [each.truth for each in PAIRS]
 CHAINS = TRUTHS[1:] + TRUTHS[:1]  # of another pair: a teacher who is often wrong
 
 
-def tokenizer(): return train_tokenizer(corpus(PAIRS, TRUTHS, "brief", "think_first") * 4, 400)
+def make_tokenizer(): return train_tokenizer(corpus(PAIRS, TRUTHS, "brief", "think_first") * 4, 400)
 
 
-def taught(words, folder, steps=120):
+def tuned_policy(tokenizer, folder, steps=120):
     "A judge that knows the form and not the facts, so that its rewards differ within a group."
-    model = new_model(words, hidden_size=32, layers=1, heads=2)
+    model = new_model(tokenizer, hidden_size=32, layers=1, heads=2)
     rows = sft_dataset(PAIRS * 2, TRUTHS + CHAINS)
-    train_sft(model, words, rows, folder, steps=steps, batch=12, lr=2e-2)
+    train_sft(model, tokenizer, rows, folder, steps=steps, batch=12, lr=2e-2)
     return model
 
 
-def fresh(model, words):
+def copy_of(model, tokenizer):
     "A copy; `deepcopy` would share the forward method that TRL puts into a model that it trained."
-    copy = new_model(words, hidden_size=32, layers=1, heads=2)
+    copy = new_model(tokenizer, hidden_size=32, layers=1, heads=2)
     copy.load_state_dict(model.state_dict())
     return copy
 
@@ -59,43 +59,43 @@ def settings(folder, steps=4, **changes):
     return GRPOConfig(**values | derived | changes)
 
 
-def trainer(kind, model, words, config, credit="srpo_return", **more):
+def trainer(trainer_class, model, tokenizer, config, credit="srpo_return", **options):
     "A StepGRPOTrainer or a descendant of it over the twelve pairs."
     set_seed(config.seed)
-    return kind(model, args=config, train_dataset=rl_dataset(PAIRS), processing_class=words, pairs=PAIRS,
-                credit=credit, **more)
+    return trainer_class(model, args=config, train_dataset=rl_dataset(PAIRS), processing_class=tokenizer, pairs=PAIRS,
+                credit=credit, **options)
 
 
-def scripts(words, seed=0):
+def scripted_responses(tokenizer, seed=0):
     "Sixty-four responses: true chains, chains of other pairs, and chains that were cut, doubled or scrambled."
-    draw = random.Random(seed)
-    said = []
+    rng = random.Random(seed)
+    responses = []
     for _ in range(64):
-        text = render(draw.choice(TRUTHS))
-        ids = words(text)["input_ids"]
-        if draw.random() < 0.2: ids = ids[:draw.randrange(1, len(ids))]
-        elif draw.random() < 0.2: ids = words("<item> mug <query> boots " + text)["input_ids"][:38]
-        said.append(ids + [words.eos_token_id])
-    return said
+        text = render(rng.choice(TRUTHS))
+        ids = tokenizer(text)["input_ids"]
+        if rng.random() < 0.2: ids = ids[:rng.randrange(1, len(ids))]
+        elif rng.random() < 0.2: ids = tokenizer("<item> mug <query> boots " + text)["input_ids"][:38]
+        responses.append(ids + [tokenizer.eos_token_id])
+    return responses
 
 
-class Told(StepGRPOTrainer):
-    "Says what it is told: responses depend on the prompt and on the place in the group, on no process and no chance."
+class ScriptedTrainer(StepGRPOTrainer):
+    "Scripted responses: the prompt and the index in the group decide, no process and no random number."
     script = ()
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **more):
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **options):
         first = self.accelerator.process_index * len(prompt_ids)
         places = ((first + i) % num_generations for i in range(len(prompt_ids)))
         return [self.script[(sum(ids) * 7 + place) % len(self.script)] for ids, place in
                 zip(prompt_ids, places, strict=True)], None
 
 
-class Kept(StepGRPOTrainer):
-    "Remembers every generation batch."
+class RecordingTrainer(StepGRPOTrainer):
+    "Records every generation batch."
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        made = as_rows(output) if output["completion_ids"].dim() == 3 else output
-        kept = {name: value.clone() for name, value in made.items()}  # TRL shuffles what it was given
+        actual = as_rows(output) if output["completion_ids"].dim() == 3 else output
+        kept = {name: value.clone() for name, value in actual.items()}  # TRL shuffles what it was given
         self.__dict__.setdefault("batches", []).append((inputs, kept))
         return output
 

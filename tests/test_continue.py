@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from small import CHAINS, PAIRS, fresh, moved, rows, settings, trainer, weights
+from small import CHAINS, PAIRS, copy_of, moved, rows, settings, trainer, weights
 from transformers import TrainerCallback
 
 from she_nb.learning.ppo import PPOTrainer
@@ -33,16 +33,16 @@ def kill(at):
 @pytest.mark.parametrize(("at", "changes"), [(3, {}), (4, {}), (7, {}), (9, {}), (7, {"micro_batch": 4}),
                                              (7, {"num_iterations": 2, "micro_batch": 4}), (7, {"beta": 0.1}),
                                              (3, {"dynamic": True}), (7, {"dynamic": True}), (7, {"ppo": True})], ids=str)
-def test_rl_killed_and_continued_is_as_if_never_killed(policy, words, tmp_path, at, changes):
+def test_rl_killed_and_continued_is_as_if_never_killed(policy, tokenizer, tmp_path, at, changes):
     "Four steps are an epoch, a checkpoint is written after every second step."
     changes = dict(changes)
     policy.save_pretrained(tmp_path / "policy")
-    dynamic, kind = changes.pop("dynamic", False), PPOTrainer if changes.pop("ppo", False) else StepGRPOTrainer
+    dynamic, trainer_class = changes.pop("dynamic", False), PPOTrainer if changes.pop("ppo", False) else StepGRPOTrainer
 
     def make(folder):
-        model = str(tmp_path / "policy") if "beta" in changes else fresh(policy, words)
+        model = str(tmp_path / "policy") if "beta" in changes else copy_of(policy, tokenizer)
         config = settings(tmp_path / folder, 10, save_strategy="steps", save_steps=2, **changes)
-        return trainer(kind, model, words, config, dynamic=dynamic, refill=1)
+        return trainer(trainer_class, model, tokenizer, config, dynamic=dynamic, refill=1)
 
     run_training(whole := make("whole"), tmp_path / "whole")
     killed = make("killed")
@@ -55,11 +55,11 @@ def test_rl_killed_and_continued_is_as_if_never_killed(policy, words, tmp_path, 
 
 
 @pytest.mark.parametrize("at", [3, 5, 9])
-def test_sft_killed_and_continued_is_as_if_never_killed(words, tmp_path, at):
+def test_sft_killed_and_continued_is_as_if_never_killed(tokenizer, tmp_path, at):
     "Three steps are an epoch, a checkpoint is written after every third step."
     def go(folder):
-        model = new_model(words, hidden_size=16, layers=1, heads=2)
-        log = train_sft(model, words, sft_dataset(PAIRS, CHAINS), tmp_path / folder, steps=12, batch=4)
+        model = new_model(tokenizer, hidden_size=16, layers=1, heads=2)
+        log = train_sft(model, tokenizer, sft_dataset(PAIRS, CHAINS), tmp_path / folder, steps=12, batch=4)
         uncounted = ("seconds", "num_tokens")  # TRL counts a continued run's tokens from its start
         return [{name: row[name] for name in row if name not in uncounted} for row in log], weights(model)
 
@@ -70,20 +70,20 @@ def test_sft_killed_and_continued_is_as_if_never_killed(words, tmp_path, at):
     assert torch.equal(whole[1], again[1])
 
 
-def test_a_finished_training_is_not_trained_further(policy, words, tmp_path):
+def test_a_finished_training_is_not_trained_further(policy, tokenizer, tmp_path):
     def go():
         config = settings(tmp_path, 4, save_strategy="steps", save_steps=2)
-        return train_rl(fresh(policy, words), words, PAIRS, config)
+        return train_rl(copy_of(policy, tokenizer), tokenizer, PAIRS, config)
 
     (first, log), (second, same) = go(), go()
     assert log == same and torch.equal(weights(first.model), weights(second.model))
 
 
 @pytest.mark.parametrize("lost", ["trainer_state.json", "rng_state.pth", "optimizer.pt", "model.safetensors"])
-def test_a_checkpoint_that_was_being_written_is_passed_over(policy, words, tmp_path, lost):
+def test_a_checkpoint_that_was_being_written_is_passed_over(policy, tokenizer, tmp_path, lost):
     def make(folder):
         config = settings(tmp_path / folder, 6, save_strategy="steps", save_steps=2, save_total_limit=None)
-        return trainer(StepGRPOTrainer, fresh(policy, words), words, config)
+        return trainer(StepGRPOTrainer, copy_of(policy, tokenizer), tokenizer, config)
 
     run_training(whole := make("whole"), tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
@@ -93,10 +93,10 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(policy, words, tmp_p
     assert rows(again) == rows(whole) and torch.equal(weights(again.model), weights(whole.model))
 
 
-def test_seconds_go_on_where_the_killed_run_left_them(policy, words, tmp_path):
+def test_seconds_go_on_where_the_killed_run_left_them(policy, tokenizer, tmp_path):
     def go():
         config = settings(tmp_path, 4, save_strategy="steps", save_steps=2)
-        return [row["seconds"] for row in train_rl(fresh(policy, words), words, PAIRS, config)[1]]
+        return [row["seconds"] for row in train_rl(copy_of(policy, tokenizer), tokenizer, PAIRS, config)[1]]
 
     with kill(3), pytest.raises(Killed): go()
     assert (seconds := go()) == sorted(seconds) and len(seconds) == 4

@@ -18,7 +18,7 @@ check = partial(settings, deadline=None, derandomize=True, suppress_health_check
 
 
 @pytest.fixture(scope="session")
-def load(words, tmp_path_factory):
+def load(tokenizer, tmp_path_factory):
     "A tokenizer by name, with its bytes; a package that is absent skips the test."
     made = {}
 
@@ -35,8 +35,8 @@ def load(words, tmp_path_factory):
 
     def get(name):
         if name not in made:
-            tokenizer = {"tiny": lambda: words, "smollm": smollm, "mistral": mistral}[name]()
-            made[name] = tokenizer, token_bytes(tokenizer)
+            loaded = {"tiny": lambda: tokenizer, "smollm": smollm, "mistral": mistral}[name]()
+            made[name] = loaded, token_bytes(loaded)
         return made[name]
 
     return get
@@ -64,11 +64,11 @@ def characters(pieces):
         for _ in range(len(char.encode("utf-8", errors="surrogateescape"))):
             starts[place] = index
             place += 1
-    offset, found = 0, []
+    offset, characters_of = 0, []
     for piece in pieces:
-        found.append([starts[i] for i in range(offset, offset + len(piece))])
+        characters_of.append([starts[i] for i in range(offset, offset + len(piece))])
         offset += len(piece)
-    return found
+    return characters_of
 
 
 def agrees(ids, table, order="think_first"):
@@ -77,18 +77,18 @@ def agrees(ids, table, order="think_first"):
     text = b"".join(pieces).decode("utf-8", errors="surrogateescape")
     spans, owners = parse(text, order).spans, step_ids(ids, table, order)
     assert len(owners) == len(ids) and owners == sorted(owners) and set(owners) <= set(range(len(ORDERS[order])))
-    told = 0
+    checked = 0
     for owner, written in zip(owners, characters(pieces), strict=True):
         solid = [at for at in written if text[at] not in BLANK] or written  # a space before a tag is no one's word
         inside = [step for step, (start, end) in spans.items() if solid and all(start <= at < end for at in solid)]
         early = spans and solid and max(solid) < min(spans.values())[0]  # before the first tag: of the first step opened
         if inside or early:
             assert owner == ORDERS[order].index(next(iter(inside or spans)))
-            told += 1
-    return told
+            checked += 1
+    return checked
 
 
-def words_of(steps): return {step: " ".join(text.split()) for step, text in steps.texts.items()}
+def normalized_steps(steps): return {step: " ".join(text.split()) for step, text in steps.texts.items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -130,7 +130,7 @@ def test_any_ids(load, name):
         assert parse(ours, order).spans.keys() == parse(theirs, order).spans.keys()
         if "\ufffd" not in ours + theirs:
             assert ours in (theirs, " " + theirs)
-            assert words_of(parse(ours, order)) == words_of(parse(theirs, order))
+            assert normalized_steps(parse(ours, order)) == normalized_steps(parse(theirs, order))
     run()
     assert sum(counted) > 600
 

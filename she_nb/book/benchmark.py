@@ -60,33 +60,35 @@ class Case:
 def case_tokenizer(size: int) -> PreTrainedTokenizerFast:
     "A word for each id, `w2 w3 ...`, so that a prompt of n words has n tokens."
     vocab = {"<|end|>": 0, "<|pad|>": 1} | {f"Ġw{i}": i for i in range(2, size)}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="Ġw2"))
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
-                                                   pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
-    words.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>", pad_token="<|pad|>", padding_side="left")
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="Ġw2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", padding_side="left")
 
 def case_model(case: Case) -> AutoModelForCausalLM:
     "Random weights in the case's shape."
     vocab, width, inner, layers, heads, shared = SHAPES[case.shape]
-    kind, more = (LlamaConfig, {}) if case.shape.startswith("smollm2") else (Qwen3Config, {"head_dim": width // heads})
-    config = kind(vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-                  num_attention_heads=heads, num_key_value_heads=shared, max_position_embeddings=2048, tie_word_embeddings=True,
-                  initializer_range=INIT, bos_token_id=None, eos_token_id=0, pad_token_id=1, **more)
+    config_class, options = (LlamaConfig, {}) if case.shape.startswith("smollm2") else (Qwen3Config, {"head_dim": width // heads})
+    config = config_class(vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+                          num_attention_heads=heads, num_key_value_heads=shared, max_position_embeddings=2048,
+                          tie_word_embeddings=True, initializer_range=INIT, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+                          **options)
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
 
 # %% ../../nbs/84_book.benchmark.ipynb #c009
-def case_trainer(case: Case, who: str):
+def case_trainer(case: Case, trainer_name: str):
     "Our SRPO trainer or TRL's GRPO trainer for this case, with one and the same configuration."
-    words = case_tokenizer(SHAPES[case.shape][0])
-    chance = torch.Generator().manual_seed(0)
-    asked = torch.randint(2, len(words), (max(64, case.prompts), case.prompt_tokens), generator=chance).tolist()
-    rows = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in ids) for ids in asked], "row": list(range(len(asked)))})
+    tokenizer = case_tokenizer(SHAPES[case.shape][0])
+    rng = torch.Generator().manual_seed(0)
+    prompt_ids = torch.randint(2, len(tokenizer), (max(64, case.prompts), case.prompt_tokens), generator=rng).tolist()
+    prompts = [" ".join(f"w{i}" for i in ids) for ids in prompt_ids]
+    rows = Dataset.from_dict({"prompt": prompts, "row": list(range(len(prompts)))})
     config = rl_config(tempfile.mkdtemp(), 1, case.prompts, case.group, 1e-5, 0, 1.0, max_new_tokens=case.response_tokens,
                        micro_batch=case.micro_batch)
     config.save_strategy, config.bf16 = SaveStrategy.NO, case.dtype == "bfloat16"
-    shared = {"args": config, "train_dataset": rows, "processing_class": words}
-    if who == "trl": trainer = GRPOTrainer(case_model(case), reward_funcs=[odd_sum], **shared)
+    shared = {"args": config, "train_dataset": rows, "processing_class": tokenizer}
+    if trainer_name == "trl": trainer = GRPOTrainer(case_model(case), reward_funcs=[odd_sum], **shared)
     else: trainer = StepGRPOTrainer(case_model(case), pairs=[ANY] * len(rows), credit="srpo_return", **shared)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -101,12 +103,12 @@ def odd_sum(completion_ids, **kwargs) -> list[float]:
 class Memory:
     "Resident memory of this process over time, in MB, while a `with` block runs."
     def __enter__(self):
-        self.seen, self.stop, process = [], threading.Event(), psutil.Process()
-        def look():
+        self.samples, self.stop, process = [], threading.Event(), psutil.Process()
+        def sample_memory():
             while not self.stop.is_set():
-                self.seen.append((perf_counter(), process.memory_info().rss / 2**20))
+                self.samples.append((perf_counter(), process.memory_info().rss / 2**20))
                 sleep(.003)
-        self.thread = threading.Thread(target=look, daemon=True)
+        self.thread = threading.Thread(target=sample_memory, daemon=True)
         self.thread.start()
         return self
 
@@ -116,7 +118,7 @@ class Memory:
 
     def growth(self, start: float, end: float) -> float:
         "By how much memory rose above what it was at `start`."
-        inside = [mb for at, mb in self.seen if start <= at <= end]
+        inside = [mb for at, mb in self.samples if start <= at <= end]
         return max(inside) - inside[0] if inside else 0.0
 
 # %% ../../nbs/84_book.benchmark.ipynb #c013
@@ -150,14 +152,14 @@ class StepClock(TrainerCallback):
 # %% ../../nbs/84_book.benchmark.ipynb #c014
 def measure(
     case: Case,
-    who: str,                # "ours" or "trl"
+    trainer_name: str,       # "ours" or "trl"
     steps: int,              # to time, after one that warms up
     patience: float = 20.0,  # seconds after which no further step is begun
 ) -> list[dict]:             # seconds of each part, and MB, of each step
     "Time some training steps in this process."
     torch.set_num_threads(case.threads)
     set_seed(0)
-    trainer = case_trainer(case, who)
+    trainer = case_trainer(case, trainer_name)
     clock, rows = StepClock(trainer), []
     trainer.add_callback(clock)
     for seed in range(steps + 1):
@@ -172,14 +174,14 @@ def measure(
     return rows[1:]
 
 # %% ../../nbs/84_book.benchmark.ipynb #c017
-def measure_apart(case: Case, who: str, steps: int) -> list[dict]:
+def measure_apart(case: Case, trainer_name: str, steps: int) -> list[dict]:
     "`measure` in new processes; of several at once, the rows of all."
     code = ("import json; from she_nb.book.benchmark import Case, measure; "
-            f"print(json.dumps(measure(Case(**{asdict(case)}), '{who}', {steps})))")
+            f"print(json.dumps(measure(Case(**{asdict(case)}), '{trainer_name}', {steps})))")
     env = os.environ | {"OMP_NUM_THREADS": str(case.threads), "HF_HUB_OFFLINE": "1"}
     running = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=env, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE) for _ in range(case.processes)]
-    told = [process.communicate() for process in running]
-    for process, (_, error) in zip(running, told, strict=True):
+    outputs = [process.communicate() for process in running]
+    for process, (_, error) in zip(running, outputs, strict=True):
         if process.returncode: raise BookError(f"{case} could not be measured: {error.strip().splitlines()[-1]}")
-    return [row for said, _ in told for row in json.loads(said.splitlines()[-1])]
+    return [row for stdout, _ in outputs for row in json.loads(stdout.splitlines()[-1])]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CREDIT', 'SOURCES', 'DEPENDENTS', 'step_returns', 'normalize', 'credit', 'grpo', 'grpo_mean', 'srpo_group',
            'srpo_step', 'srpo_return', 'gdpo', 'minimum', 'first_error', 'step_mask', 'graph', 'lambda_grpo',
-           'agreeing', 'advantage', 'to_tokens']
+           'shared_prefix_counts', 'advantage', 'to_tokens']
 
 # %% ../../nbs/30_learning.advantage.ipynb #c002
 from collections.abc import Callable
@@ -31,14 +31,14 @@ def step_returns(
 
 # %% ../../nbs/30_learning.advantage.ipynb #c013
 def normalize(
-    values: Tensor,                # any shape; NaN where there is no value
-    dims: int | tuple[int, ...],   # what to compare over: 1 is the group, (1, 2) the group and its steps
-    eps: float = 1e-4,             # added to the standard deviation, as TRL does
-) -> Tensor:                       # same shape; 0 where the input is NaN
+    values: Tensor,     # any shape; NaN where there is no value
+    dims: int | tuple[int, ...],  # what to compare over: 1 is the group, (1, 2) the group and its steps
+    eps: float = 1e-4,  # added to the standard deviation, as TRL does
+) -> Tensor:            # same shape; 0 where the input is NaN
     "Distance from the mean in standard deviations (n-1), ignoring NaN (DeepSeekMath, section 4.1)."
-    known = ~values.isnan()
-    count = known.sum(dims, keepdim=True).clamp(min=1)
-    centered = torch.where(known, values - torch.nansum(values, dims, keepdim=True) / count, 0.0)
+    valid = ~values.isnan()
+    count = valid.sum(dims, keepdim=True).clamp(min=1)
+    centered = torch.where(valid, values - torch.nansum(values, dims, keepdim=True) / count, 0.0)
     deviation = (centered.square().sum(dims, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     return centered / (deviation + eps)
 
@@ -118,26 +118,26 @@ DEPENDENTS = {0: (1, 2, 3), 1: (2, 3), 2: (4,), 3: (4,), 4: ()}  # step -> steps
 def graph(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
     "Own reward and, times `gamma`, the mean worth of the dependent steps; unless there are five, a step serves the next one."
     count = rewards.shape[-1]
-    turned = int(count == 5 and outcome % count == 0)            # the tier comes first: turn it to the end
-    worth = list(torch.nan_to_num(rewards).roll(-turned, -1).unbind(-1))
+    shift = int(count == 5 and outcome % count == 0)            # the tier comes first: turn it to the end
+    returns = list(torch.nan_to_num(rewards).roll(-shift, -1).unbind(-1))
     chain = {k: (k + 1,) if k + 1 < count else () for k in range(count)}
-    uses = DEPENDENTS if count == 5 else chain
+    dependents = DEPENDENTS if count == 5 else chain
     for k in reversed(range(count)):
-        if uses[k]: worth[k] = worth[k] + gamma * sum(worth[j] for j in uses[k]) / len(uses[k])
-    return normalize(torch.stack(worth, -1).roll(turned, -1), 1)
+        if dependents[k]: returns[k] = returns[k] + gamma * sum(returns[j] for j in dependents[k]) / len(dependents[k])
+    return normalize(torch.stack(returns, -1).roll(shift, -1), 1)
 
 # %% ../../nbs/30_learning.advantage.ipynb #8aa0a26c
 @credit("lambda_grpo", "lambda-GRPO (2509.21154): GRPO, a token's share divided among the responses that agree so far")
 def lambda_grpo(rewards: Tensor, gamma: float = 1.0, outcome: int = -1) -> Tensor:
-    "As GRPO; `agreeing` gives the divisor of every token."
+    "As GRPO; `shared_prefix_counts` gives the divisor of every token."
     return grpo(rewards, gamma, outcome)
 
-def agreeing(
-    ids: Tensor,     # tokens of whole groups, (responses, tokens)
-    mask: Tensor,    # 1 at tokens that were said, likewise
-    group: int,      # responses for each prompt
-) -> Tensor:         # how many of its group say the same up to and including each token, itself among them; at least 1
-    "The size of the shared beginning that a token ends."
+def shared_prefix_counts(
+    ids: Tensor,   # tokens of whole groups, (responses, tokens)
+    mask: Tensor,  # 1 at response tokens, likewise
+    group: int,    # responses for each prompt
+) -> Tensor:       # responses of the group with the same tokens up to and including each one, itself among them; at least 1
+    "How many responses of a group share each prefix."
     tokens = ids.masked_fill(mask == 0, -1).view(-1, group, ids.shape[1])
     same = (tokens[:, :, None] == tokens[:, None]).long().cumprod(-1)   # (prompts, group, group, tokens)
     return same.sum(2).view_as(ids).clamp(min=1)
