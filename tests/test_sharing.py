@@ -96,13 +96,16 @@ def test_rollouts_follow_the_seed_and_nothing_else(policy, tokenizer, tmp_path):
     assert len({str(batch) for batch in responses[0]}) == 3   # no two steps draw alike
 
 
+def remainder(completion_ids, **options): return [float(sum(ids) % 7) for ids in completion_ids]
+
+
 def test_it_serves_without_step_credit(policy, tokenizer, tmp_path):
     "Any GRPO on TRL becomes cheaper by changing the class."
     logs = []
     for trainer_class in (SharedPromptTrainer, GRPOTrainer):
         set_seed(0)
         run = trainer_class(copy_of(policy, tokenizer), args=settings(tmp_path, 3), train_dataset=rl_dataset(PAIRS),
-                            processing_class=tokenizer, reward_funcs=[lambda completion_ids, **options: [float(sum(ids) % 7) for ids in completion_ids]])
+                            processing_class=tokenizer, reward_funcs=[remainder])
         run.train()
         logs.append(rows(run))
     assert all(len(run) == 3 and any(row["reward_std"] > 0 and row["grad_norm"] > 0 for row in run) for run in logs)
