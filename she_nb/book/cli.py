@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .graph import Book, Run, forget, open_book, pending, plan, prune, recorded, write_book
+from .kernels import warm
 from .records import digest, parameters_of, read_record
 from .settings import KINDS, presets, settings_table
 from .stages import StageError, declared, run_stage, stage_notebook
@@ -162,12 +163,14 @@ def run_book(
     for run in todo:
         log = book.log(run.key)
         for mark in (log, log.with_suffix(".error"), book.record(run.key) / "run.json"): mark.unlink(missing_ok=True)
-    process, progress = snakemake(book, cores, write_book(book, overrides)), Progress(book, todo)
-    try:
-        while process.poll() is None:
-            progress.look()
-            time.sleep(.3)
-    finally: kill_children()
+    progress, spec = Progress(book, todo), write_book(book, overrides)
+    with (spec.parent / "kernels.log").open("w") as log, warm(log):
+        process = snakemake(book, cores, spec)
+        try:
+            while process.poll() is None:
+                progress.look()
+                time.sleep(.3)
+        finally: kill_children()
     progress.look()
     if progress.live: print("\r\033[K", end="")
     if process.returncode or progress.waiting: raise _why(book, todo)
@@ -278,7 +281,7 @@ def outputs_command(args) -> None:  # args: notebooks, cores
     asked = [Path(path).resolve() for path in args.notebooks] or [path for path in every if not fresh(nbformat.read(path, 4))]
     if missing := [path for path in asked if not path.is_file()]: raise BookError(f"{missing[0]}: there is no such notebook.")
     os.environ |= {"OMP_NUM_THREADS": "1", "SHE_NB_MADE": os.environ.get("SHE_NB_MADE") or str(root() / "work/made")}
-    with ThreadPoolExecutor(max(args.cores, 1)) as workers:
+    with warm(), ThreadPoolExecutor(max(args.cores, 1)) as workers:
         for number, (path, _) in enumerate(zip(asked, workers.map(run, asked), strict=True), 1):
             print(f"{number} of {len(asked)}  {path.relative_to(root())}", flush=True)
     if not asked: print("The outputs of all notebooks are those of their code.")
