@@ -7,6 +7,7 @@ __all__ = ['SOCKET', 'IMPORTS', 'READ_EARLY', 'surroundings', 'WaitingKernel', '
 
 # %% ../../nbs/73_book.kernels.ipynb #5e2617e5
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -143,6 +144,8 @@ def _serve(listening, parent):
     for name in os.environ.get("SHE_NB_WARM", ",".join(IMPORTS)).split(","): import_module(name)
     torch = sys.modules.get("torch")
     if torch and torch.cuda.device_count(): return  # CUDA does not survive a fork
+    gc.collect()
+    gc.freeze()  # what is imported stays: no fork looks through it, and so copies it, in search of garbage
     while True:
         link, _ = listening.accept()
         _fork(_child, listening, link, own, os.getpid())
@@ -174,7 +177,8 @@ def warm(
     folder, log = tempfile.mkdtemp(prefix="she-nb-"), log or subprocess.DEVNULL
     path = os.pathsep.join(filter(None, [str(root()), os.environ.get("PYTHONPATH")]))
     changes = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-               "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}  # one thread, so none is made
+               "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path,
+               "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no library makes a thread
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"{folder}/socket")
         listening.listen(64)
