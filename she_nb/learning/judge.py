@@ -24,8 +24,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..policy.models import load_policy
-from ..policy.rollout import library_sample, sample, takes_any_mask
-from ..policy.sharing import runs
+from ..policy.rollout import library_sample, runs, sample, takes_any_mask
 from she_nb.task import (
     ESCAPES,
     RELATIONS,
