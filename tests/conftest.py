@@ -17,7 +17,8 @@ class Desk:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SHE_NB_", "MAKE"))}
         self.env |= {"SHE_NB_WORK": str(self.work), "SHE_NB_REPORTS": str(self.reports), "PYTHONPATH": path}
-        if stages: self.env["SHE_NB_STAGES"] = str(stages)
+        toys = {"SHE_NB_STAGES": str(stages), "SHE_NB_WARM": "papermill,ipykernel.kernelapp"}  # they need no PyTorch
+        if stages: self.env |= toys
 
     def words(self, *words): return [sys.executable, "-m", "she_nb.book.cli", *map(str, words)]
 

@@ -29,6 +29,8 @@ def test_bad_catalogue(desk, case):
     (["book", "-p", "rl_step", "2"], "unknown key rl_step; did you mean rl_steps?"),
     (["book", "-p", "gamma", "two"], "gamma = two is not a number"),
     (["book", "-p", "gamma", "2"], "gamma = 2 lies outside 0 to 1"),
+    (["book", "-p", "arms", "srop+gamma=0.6"], "there is no arm srop; did you mean srpo?"),
+    (["settings", "arms"], "has no preset [arms]; it has tiny, micro"),
     (["book", "--cores", "two"], "invalid int value"),
     (["book", "--cores", "0"], "--cores = 0"),
     (["book", "--name", "a/b"], "cannot name a folder"),

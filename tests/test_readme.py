@@ -83,13 +83,13 @@ def test_each_link_leads_somewhere():
     assert links and not [link for link in links if "://" not in link and not (ROOT / link).exists()]
 
 
-SHOWN = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+SHOWN = re.findall(r"```(?:python|ini)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
 
 @pytest.mark.parametrize("block", SHOWN, ids=[block.split("\n")[0][:30] for block in SHOWN])
 def test_what_contributing_shows_is_real(block):
-    "Each block of code stands somewhere in the book, line by line."
+    "Each block of code stands somewhere in the book or in settings.ini, line by line."
     cells = (cell for path in ROOT.glob("nbs/**/*.ipynb") for cell in json.loads(path.read_text())["cells"])
-    book = "".join("".join(cell["source"]) for cell in cells)
+    book = "".join("".join(cell["source"]) for cell in cells) + (ROOT / "settings.ini").read_text(encoding="utf-8")
     assert all(line.strip() in book for line in block.splitlines())
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['kill_children', 'watch_parent', 'locked', 'check_space', 'check_book', 'snakemake', 'Progress', 'run_book', 'render',
-           'run_command', 'list_runs', 'stage_command', 'check_record', 'outputs_command', 'site_command', 'add_pages',
-           'Parser', 'parser', 'main']
+           'run_command', 'list_runs', 'settings_command', 'stage_command', 'check_record', 'outputs_command',
+           'site_command', 'add_pages', 'Parser', 'parser', 'main']
 
 # %% ../../nbs/80_book.cli.ipynb #a4591afe
 import argparse
@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .graph import Book, Run, forget, open_book, pending, plan, prune, recorded, write_book
+from .kernels import warm
 from .records import digest, parameters_of, read_record
-from .settings import KINDS, presets
+from .settings import KINDS, presets, settings_table
 from .stages import StageError, declared, run_stage, stage_notebook
 from ..task import BookError, atomic_write, root
 
@@ -162,12 +163,14 @@ def run_book(
     for run in todo:
         log = book.log(run.key)
         for mark in (log, log.with_suffix(".error"), book.record(run.key) / "run.json"): mark.unlink(missing_ok=True)
-    process, progress = snakemake(book, cores, write_book(book, overrides)), Progress(book, todo)
-    try:
-        while process.poll() is None:
-            progress.look()
-            time.sleep(.3)
-    finally: kill_children()
+    progress, spec = Progress(book, todo), write_book(book, overrides)
+    with (spec.parent / "kernels.log").open("w") as log, warm(log):
+        process = snakemake(book, cores, spec)
+        try:
+            while process.poll() is None:
+                progress.look()
+                time.sleep(.3)
+        finally: kill_children()
     progress.look()
     if progress.live: print("\r\033[K", end="")
     if process.returncode or progress.waiting: raise _why(book, todo)
@@ -215,6 +218,12 @@ def list_runs(
     keys = {run.key for run in todo}
     for run in runs: print(f"{'run ' if run.key in keys else 'done'}  {run.key:24} {digest(run.parameters)}")
     print(f"{len(todo)} of {len(runs)} runs would run.")
+
+# %% ../../nbs/80_book.cli.ipynb #d1f08b6c
+def settings_command(args) -> None:  # args: preset
+    "`she-nb settings`: the whole of a preset, with where each value comes from (ours)."
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    print(settings_table(root() / "settings.ini", args.preset, width))
 
 # %% ../../nbs/80_book.cli.ipynb #acbaf49f
 def stage_command(args) -> None:  # args: stage, params_file, output, log, p
@@ -272,7 +281,7 @@ def outputs_command(args) -> None:  # args: notebooks, cores
     asked = [Path(path).resolve() for path in args.notebooks] or [path for path in every if not fresh(nbformat.read(path, 4))]
     if missing := [path for path in asked if not path.is_file()]: raise BookError(f"{missing[0]}: there is no such notebook.")
     os.environ |= {"OMP_NUM_THREADS": "1", "SHE_NB_MADE": os.environ.get("SHE_NB_MADE") or str(root() / "work/made")}
-    with ThreadPoolExecutor(max(args.cores, 1)) as workers:
+    with warm(), ThreadPoolExecutor(max(args.cores, 1)) as workers:
         for number, (path, _) in enumerate(zip(asked, workers.map(run, asked), strict=True), 1):
             print(f"{number} of {len(asked)}  {path.relative_to(root())}", flush=True)
     if not asked: print("The outputs of all notebooks are those of their code.")
@@ -314,7 +323,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     "The command line of she-nb (ours)."
     top = Parser("she-nb", description="An executable book on judging relevance step by step.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="book, ablations, stage, outputs or site")
+    commands = top.add_subparsers(dest="command", required=True, metavar="book, ablations, settings, stage, outputs or site")
     about = {"book": "run the book once and write its report", "ablations": "run all studies with all seeds"}
     for name, words in about.items():
         one = commands.add_parser(name, help=words, description=words)
@@ -333,6 +342,9 @@ def parser() -> Parser:
     for option in ("--params-file", "--output", "--log"): stage.add_argument(option, default="")
     for one in list(commands.choices.values()):
         one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    shown = commands.add_parser("settings", help="show the whole of a preset, with where each value comes from")
+    shown.add_argument("preset", nargs="?", default="tiny", help="section of settings.ini (tiny)")
+    shown.set_defaults(run=settings_command)
     add_pages(commands)
     return top
 
@@ -352,4 +364,4 @@ def main(
     return code
 
 # %% ../../nbs/80_book.cli.ipynb #8c775ba9
-if (__name__, __package__) == ("__main__", "she_nb"): sys.exit(main())  # python -m she_nb.book.cli
+if (__name__, __package__) == ("__main__", "she_nb.book"): sys.exit(main())  # python -m she_nb.book.cli

@@ -17,21 +17,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .records import digest, parameters_of, read_record, run_key
-from .settings import KINDS, VARIANTS, Settings, load_settings, variant
+from .settings import KINDS, Settings, arms_of, load_settings, variant
 from .stages import StageError, check_arguments, declared, stage_notebook
 from ..task import CREDIT_RULES, BookError, atomic_write, root
 
 # %% ../../nbs/76_book.graph.ipynb #8797498c
 def compared(
     study: str,  # a notebook in nbs/ablations
+    settings: Settings,  # whose file declares arms
 ) -> list[str]:  # arms
     "What a study compares; a BookError names an arm that nothing can train (ours)."
     known = declared(stage_notebook(study))
     if "compared" not in known: raise BookError(f"The notebook {study} is no study: it declares no `compared`.")
     arms = known["compared"].split(",")
     for arm in arms:
-        if arm not in ("sft", "dpo", "srpo", *CREDIT_RULES, *VARIANTS):
-            raise BookError(f"The study {study} compares {arm}, and there is no such arm; chapter settings holds them.")
+        if arm not in ("sft", *arms_of(settings)):
+            raise BookError(f"The study {study} compares {arm}, and there is no such arm; [arms] of settings.ini declares them.")
     return arms
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Book:
         "The studies that this seed takes part in, and their arms, as their notebooks declare them."
         own = self.settings
         names = own.studies * (seed in own.study_seeds) + own.questions * (seed in own.question_seeds)
-        return {name: tuple(compared(name)) for name in names if self.studies}
+        return {name: tuple(compared(name, own)) for name in names if self.studies}
 
     def arms_of(self, seed: int) -> tuple[str, ...]:
         "What is trained with this seed besides SFT, or is a floor."

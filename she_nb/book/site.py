@@ -27,6 +27,7 @@ import pandas as pd
 from fastcore.docments import docments
 from nbformat.v4 import new_markdown_cell
 
+from .kernels import NotWarm, call
 from ..evidence.figures import LOOK, canvas, save
 from ..evidence.tables import claims_said, claims_table, escape, table_block
 from ..task import BookError, atomic_write
@@ -58,11 +59,8 @@ def kept_output(
     return output.output_type == "error" or output.get("name") == "stdout" or bool(PLAIN & set(output.get("data", {})))
 
 # %% ../../nbs/78_book.site.ipynb #042c9cbd
-def run(
-    path: str | Path,       # of a notebook, written anew with its outputs
-    seconds: int = 1200,    # for a cell at most
-) -> None:
-    "Run a notebook in a kernel of its own; what fails leaves it as it was."
+def _run(path, seconds):
+    "Run a notebook in a kernel of its own."
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     notebook = nbformat.read(path, 4)
@@ -86,6 +84,15 @@ def run(
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec",) if key in notebook.metadata}
     notebook.metadata["ran"] = code_mark(notebook)
     atomic_write(path, nbformat.writes(notebook) + "\n")
+
+# %% ../../nbs/78_book.site.ipynb #b5c20e19
+def run(
+    path: str | Path,       # of a notebook, written anew with its outputs
+    seconds: int = 1200,    # for a cell at most
+) -> None:
+    "Run a notebook in a kernel of its own, from a warm process where there is one; what fails leaves it as it was."
+    try: call("she_nb.book.site", "_run", str(path), seconds)
+    except NotWarm: _run(path, seconds)
 
 # %% ../../nbs/78_book.site.ipynb #2a09371d
 def entry(

@@ -15,6 +15,7 @@ from ast import Assign, Tuple, literal_eval, parse
 from contextlib import contextmanager
 from pathlib import Path
 
+from .kernels import NotWarm, call
 from .records import digest
 from .settings import WORDS
 from ..task import BookError, root
@@ -92,6 +93,24 @@ def _failure(stage, error, output, log):
     return StageError(f"Stage {stage} failed in cell {error.exec_count}: {said} (see {output} and {log}).")
 
 # %% ../../nbs/74_book.stages.ipynb #d7af3ba8
+def _execute(stage, notebook, arguments, output, log, threads):
+    "Run a notebook in a kernel of its own by papermill."
+    import papermill
+    output = Path(output)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of `a = b = ""`, which we read
+    try:
+        for file in (output, Path(log)): file.parent.mkdir(parents=True, exist_ok=True)
+        with _environment(threads), Path(log).open("w", buffering=1) as lines:
+            papermill.execute_notebook(
+                notebook, str(output), arguments, kernel_name="python3", language="python",
+                cwd=str(Path(notebook).parent), progress_bar=False, stdout_file=lines, stderr_file=lines,
+                start_timeout=300, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+    except papermill.PapermillExecutionError as error: raise _failure(stage, error, output, log) from None
+    except OSError as error:
+        output.unlink(missing_ok=True)  # papermill may have written half of it
+        raise BookError(f"Stage {stage} cannot write {error.filename or output}: {error.strerror}.") from None
+
+# %% ../../nbs/74_book.stages.ipynb #f3c17a80
 def run_stage(
     stage: str,  # e.g. "train"
     arguments: dict,  # parameters to set, flat values
@@ -99,23 +118,15 @@ def run_stage(
     log: str | Path | None = None,  # receives what the notebook prints, as it prints; default: beside `output`
     threads: int = 1,  # for PyTorch
 ) -> Path:  # `output`
-    "Run a stage notebook in a kernel of its own by papermill; BookError or StageError in one sentence (ours)."
+    "Run a stage notebook by papermill, from a warm process where there is one; BookError or StageError in one sentence (ours)."
     notebook, output = stage_notebook(stage), Path(output)
     arguments = check_arguments(stage, declared(notebook), arguments)
-    log = Path(log or output.with_suffix(".log"))
-    import papermill
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of `a = b = ""`, which we read
-    try:
-        for file in (output, log): file.parent.mkdir(parents=True, exist_ok=True)
-        with _environment(threads), log.open("w", buffering=1) as lines:
-            papermill.execute_notebook(
-                str(notebook), str(output), arguments, kernel_name="python3", language="python",
-                cwd=str(notebook.parent), progress_bar=False, stdout_file=lines, stderr_file=lines,
-                start_timeout=300, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
-    except papermill.PapermillExecutionError as error: raise _failure(stage, error, output, log) from None
-    except OSError as error:
-        output.unlink(missing_ok=True)  # papermill may have written half of it
-        raise BookError(f"Stage {stage} cannot write {error.filename or output}: {error.strerror}.") from None
+    work = stage, str(notebook), arguments, str(output), str(log or output.with_suffix(".log")), threads
+    try: call("she_nb.book.stages", "_execute", *work)
+    except NotWarm: _execute(*work)
+    except RuntimeError as error:
+        if isinstance(error, StageError): raise
+        raise StageError(f"Stage {stage} ended early: {error} (see {work[4]}).") from None
     return output
 
 # %% ../../nbs/74_book.stages.ipynb #3d3f381b

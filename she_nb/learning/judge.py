@@ -25,8 +25,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..policy.models import load_policy
-from ..policy.rollout import sample, takes_any_mask, transformers_sample
-from ..policy.sharing import group_prompts
+from ..policy.rollout import group_prompts, sample, takes_any_mask, transformers_sample
 from she_nb.task import (
     ESCAPES,
     RELATIONS,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPACTION_THRESHOLD', 'takes_any_mask', 'GroupCacheLayer', 'sample_tokens', 'SampledResponse',
-           'without_router_logits', 'prefill', 'prefill_suffixes', 'sample', 'truncate_at_eos', 'transformers_sample',
-           'generate', 'generate_responses']
+           'without_router_logits', 'prefill', 'prefill_suffixes', 'sample', 'group_prompts', 'truncate_at_eos',
+           'transformers_sample', 'generate', 'generate_responses']
 
 # %% ../../nbs/22_policy.rollout.ipynb #c002
 from collections.abc import Sequence
@@ -167,6 +167,19 @@ def sample(
                        **without_router_logits(model)).logits[:, -1]
     rows = zip(responses.tolist(), logps.tolist(), response_lengths.tolist(), strict=True)
     return [SampledResponse(ids[:n], row[:n]) for ids, row, n in rows]
+
+# %% ../../nbs/22_policy.rollout.ipynb #a09be4f2
+def group_prompts(
+    prompts: list[list[int]],  # ids, each prompt repeated for its group
+) -> tuple[list[list[int]], list[int]]:  # each prompt once, and how often it came in a row
+    "Group neighbouring rows with the same prompt."
+    unique, counts = [], []
+    for ids in prompts:
+        if unique and ids == unique[-1]: counts[-1] += 1
+        else:
+            unique.append(ids)
+            counts.append(1)
+    return unique, counts
 
 # %% ../../nbs/22_policy.rollout.ipynb #c025
 def truncate_at_eos(
