@@ -76,6 +76,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'she_nb.book.graph.Run': ('book.graph.html#run', 'she_nb/book/graph.py'),
                                    'she_nb.book.graph.Run.keeps': ('book.graph.html#run.keeps', 'she_nb/book/graph.py'),
                                    'she_nb.book.graph.Run.key': ('book.graph.html#run.key', 'she_nb/book/graph.py'),
+                                   'she_nb.book.graph.catalog_stem': ('book.graph.html#catalog_stem', 'she_nb/book/graph.py'),
                                    'she_nb.book.graph.compared': ('book.graph.html#compared', 'she_nb/book/graph.py'),
                                    'she_nb.book.graph.forget': ('book.graph.html#forget', 'she_nb/book/graph.py'),
                                    'she_nb.book.graph.job': ('book.graph.html#job', 'she_nb/book/graph.py'),

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from .graph import Book, Run, forget, open_book, pending, plan, prune, recorded, write_book
+from .graph import Book, Run, catalog_stem, forget, open_book, pending, plan, prune, recorded, write_book
 from .records import digest, parameters_of, read_record
 from .settings import KINDS, presets
 from .stages import StageError, declared, run_stage, stage_notebook
@@ -190,7 +190,7 @@ def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, f
         raise BookError(f"-p {bad[0]} is no setting; the settings are {', '.join(KINDS)}.")
     if args.name and not studies and args.name in presets():
         raise BookError(f"--name {args.name} is where the studies keep their records; choose another name.")
-    name = args.name or (args.preset + (f"-{Path(args.catalog).stem}" if args.catalog else "") if studies else "")
+    name = args.name or (args.preset + (f"-{catalog_stem(args.catalog)}" if args.catalog else "") if studies else "")
     book = open_book(args.preset, name, args.catalog, studies, args.work, args.reports, **overrides)
     runs = plan(book)
     todo = runs if args.force else pending(book, runs)
