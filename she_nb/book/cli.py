@@ -130,10 +130,19 @@ class Progress:
         width = shutil.get_terminal_size().columns - 1
         print(f"\r\033[K{text[:width]}", end="\n" if stays else "", flush=True)
 
+    def draw(self) -> None:
+        "The results so far as a page; whatever goes wrong in it is no reason to stop a book."
+        from she_nb.evidence.page import draft_report
+        try: page = draft_report(self.book.report.parent, self.waiting, self.total)
+        except Exception as error: return self.say(f"no page yet: {error}")
+        if page: self.say(f"the results so far: {page}")
+
     def look(self) -> None:
-        for run in [run for run in self.waiting.values() if recorded(self.book, run)]:
+        done = [run for run in self.waiting.values() if recorded(self.book, run)]
+        for run in done:
             del self.waiting[run.key]
             self.say(f"{self.total - len(self.waiting)} of {self.total}  {run.key}")
+        if not self.book.studies and len(self.waiting) > 1 and any(run.stage == "evaluate" for run in done): self.draw()
         if not self.live and time.monotonic() - self.told < self.every: return
         self.told = time.monotonic()
         logs = {key: self.book.log(key) for key in self.waiting}

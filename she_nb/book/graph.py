@@ -216,7 +216,7 @@ def recorded(
     "Whether the planned run has its record (ours)."
     try: same = digest(read_record(book.record(run.key) / "run.json").parameters) == digest(run.parameters)
     except BookError: return False
-    return same and (run.stage != "report" or book.report.is_file())
+    return same and (run.stage != "report" or book.report.with_suffix(".md").is_file())  # a page so far has none
 
 # %% ../../nbs/76_book.graph.ipynb #f55a1085
 def kept(
@@ -269,7 +269,7 @@ def outputs(
     run: Run,  # as planned
 ) -> list[str]:  # what exists only when the run is finished
     "The files by which a scheduler knows that a run is done (ours)."
-    more = [book.folder(run.key) / "done"] if run.keeps else [book.report] if run.stage == "report" else []
+    more = [book.folder(run.key) / "done"] if run.keeps else [book.report.with_suffix(".md")] if run.stage == "report" else []
     return [str(book.record(run.key) / "run.json"), *map(str, more)]
 
 # %% ../../nbs/76_book.graph.ipynb #f421d502

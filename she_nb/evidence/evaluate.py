@@ -305,8 +305,8 @@ CLAIMS = {  # (better, worse) -> what is claimed, and by whom
     ("sft", "lexical"): ("fine-tuning beats counting words", "ours"),
     ("sft", "sft_label_only"): ("reasoning beats labels alone", "ours"),   # TaoSR1 finds the opposite at this stage
     ("sft", "sft_answer_first"): ("thinking first beats answering first", "ours")}
-CAVEATS = {  # (better, worse) -> what a reader of that difference must know; it stands beside the claim wherever this is shown
-    ("sft", rival): "The rival stays near chance, so this gap is no fair verdict on labels: more steps or other rates were not tried."
+CAVEATS = {  # (better, worse) -> what a reader of that difference must know; it is shown beside the claim
+    ("sft", rival): "The rival stays near chance, which is no fair verdict on labels: more steps or other rates were not tried."
     for rival in ("sft_label_only", "sft_answer_first")}
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #c1694dfb
