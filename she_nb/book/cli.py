@@ -361,4 +361,4 @@ def main(
     return code
 
 # %% ../../nbs/80_book.cli.ipynb #8c775ba9
-if (__name__, __package__) == ("__main__", "she_nb"): sys.exit(main())  # python -m she_nb.book.cli
+if (__name__, __package__) == ("__main__", "she_nb.book"): sys.exit(main())  # python -m she_nb.book.cli

@@ -104,7 +104,8 @@ code { font-size: .85em; background: var(--tint); padding: .1em .3em; border-rad
 figure { margin: 1.6rem 0; }
 figure img { width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }
 @media (prefers-color-scheme: dark) { figure img { padding: .6rem; filter: brightness(.92); } }
-.broad { width: min(94vw, 80rem); margin-left: 50%; transform: translateX(-50%); }
+.broad { width: min(94vw, 80rem); margin-left: 50%; transform: translateX(-50%); overflow-x: auto; }
+.broad img { min-width: 60rem; } .broad figcaption { position: sticky; left: 0; }
 figcaption, caption { color: var(--soft); font-size: .82rem; line-height: 1.45; margin-top: .5rem;
   text-align: left; caption-side: bottom; }
 .wide { overflow-x: auto; margin: 1.2rem 0; }
@@ -148,7 +149,7 @@ def sections(
     for cell in nbformat.read(str(notebook), as_version=4).cells:
         if cell.cell_type == "markdown": found.append([])
         found[-1].append(cell)
-    def shows(output): return any(text.strip() for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
+    def shows(output): return any(output.get("data", {}).get(kind, "").strip() for kind in ("text/html", "text/markdown"))
     def empty(cells): return len(cells) > 1 and not any(shows(output) for cell in cells[1:] for output in cell.outputs)
     return [cells for cells in found if cells and not empty(cells)]
 

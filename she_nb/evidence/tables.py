@@ -193,7 +193,7 @@ def figure_block(
 ) -> Block:             # HTML holds the picture itself, Markdown a link to the file beside the report
     "Save a figure and show it with its caption; one that is empty becomes the sentence that says why."
     if figure.get_label(): return text_block(figure.get_label())
-    svg, _ = save(figure, path)
+    (svg, _), caption = save(figure, path), caption.strip()
     data, plain = base64.b64encode(svg.read_bytes()).decode(), re.sub(r"[^\w\s.,:;%–-]", "", caption)
     shown = re.sub(r"^<p>|</p>$", "", markdown2html(caption).strip())
     inches = figure.get_figwidth()
@@ -443,9 +443,12 @@ def byline(
 # %% ../../nbs/56_evidence.tables.ipynb #a33dbdc9
 NEXT = """```sh
 source .venv/bin/activate
-she-nb book{preset} -p arms grpo,srpo,srpo+gamma=0.6   # change one thing: a new row in this report, the rest is kept
-she-nb book{preset} -p seeds 0,1,2                     # more seeds, so that claims can be decided
-she-nb book{preset} --catalog shop.jsonl               # the same on your catalogue
+# change one thing: a new row in this report, all else is kept
+she-nb book{preset} -p arms grpo,srpo,srpo+gamma=0.6
+# more seeds, so that claims can be decided
+she-nb book{preset} -p seeds 0,1,2
+# the same on your own catalogue
+she-nb book{preset} --catalog shop.jsonl
 ```
 
 `make ablations` runs every study with all its seeds."""
