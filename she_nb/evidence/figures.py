@@ -138,7 +138,7 @@ def arms_figure(
     arms = arm_order(table["arm"])
     if not tests: return _absent("No arm has been evaluated yet.")
     with mpl.rc_context(LOOK):
-        size = (11, .7 + len(tests) * (.5 + .5 * len(arms)))
+        size = (11, .7 + len(tests) * (.5 + .5 * max(len(arms), 2)))
         figure, axes = canvas(len(tests), len(names), size=size, sharex="col", sharey=True)
         for row, test in enumerate(tests):
             axes[row, 0].set_ylabel(TESTS[test], fontweight="bold")

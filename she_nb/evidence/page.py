@@ -143,14 +143,16 @@ CONTENTS = "*Contents*"  # a report's place for the links to the sections behind
 
 def sections(
     notebook: str | Path,  # an executed notebook
-) -> list[list]:           # its cells, cut before each cell of prose; without the sections whose code shows nothing
+) -> list[list]:           # its cells, cut before each cell of prose; without sections whose code shows nothing
     "What is left of a notebook when nothing is announced that does not come."
     found = [[]]
     for cell in nbformat.read(str(notebook), as_version=4).cells:
         if cell.cell_type == "markdown": found.append([])
         found[-1].append(cell)
     def shows(output): return any(output.get("data", {}).get(kind, "").strip() for kind in ("text/html", "text/markdown"))
-    def empty(cells): return len(cells) > 1 and not any(shows(output) for cell in cells[1:] for output in cell.outputs)
+    def empty(cells):
+        if len(cells) == 1 or cells[0].source.startswith("# "): return False
+        return not any(shows(output) for cell in cells[1:] for output in cell.outputs)
     return [cells for cells in found if cells and not empty(cells)]
 
 def contents(
