@@ -41,9 +41,12 @@ def test_killed_resumed_and_left_alone(desk):
 
 
 def test_a_failing_stage(desk):
-    "Its sentence reaches the terminal; what did not depend on it is done."
+    "Its sentence reaches the terminal; what did not depend on it is done. So it is for a catalogue in any script."
     write_stages(desk.folder / "stages", train="if arm == 'grpo': raise ZeroDivisionError('by nothing')")
-    refused(desk.run(*BOOK), "Stage train failed in cell", code=1)
+    catalog = desk.folder / "商品.csv"
+    catalog.write_text("id,title,category\n1,红色靴子,Shoes > Boots\n2,Red boots,Shoes > Boots\n", encoding="utf-8")
+    refused(desk.run(*BOOK, "--catalog", catalog), "Stage train failed in cell", code=1)
+    assert {path.parts[-4] for path in stamps(desk)} == {"book-商品"}
     done = {path.parent.name for path in stamps(desk)}
     assert "evaluate-srpo-s0" in done and "train-grpo-s0" not in done and "report-all-s0" not in done
 
@@ -51,6 +54,17 @@ def test_a_failing_stage(desk):
 def test_dry_run_writes_nothing(desk):
     said = desk.run(*BOOK, "--dry-run")
     assert "8 of 8 runs would run" in said.stdout and desk.files() == []
+
+
+NAMES = "商品", "商品!", "☂"
+
+def test_two_catalogues_never_share_a_folder(desk):
+    "Records of one are not pruned by the book of the other, whatever their names are written in."
+    for name in NAMES: (desk.folder / f"{name}.csv").write_text("id,title,category\n1,靴子,Shoes > Boots\n", encoding="utf-8")
+    books = [open_book("micro", catalog=str(desk.folder / f"{name}.csv")) for name in NAMES]
+    assert len({book.report for book in books}) == 3
+    said = desk.run("book", "--preset", "micro", "--dry-run", "--catalog", desk.folder / "商品!.csv")
+    assert said.returncode == 0 and "runs would run" in said.stdout and desk.files() == []
 
 
 @pytest.mark.parametrize("preset", ["tiny", "micro"])

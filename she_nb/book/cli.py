@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from .graph import Book, Run, forget, open_book, pending, plan, prune, recorded, write_book
+from .graph import Book, Run, catalog_stem, forget, open_book, pending, plan, prune, recorded, write_book
 from .kernels import warm
 from .records import digest, parameters_of, read_record
 from .settings import KINDS, presets, settings_table
@@ -131,10 +131,19 @@ class Progress:
         width = shutil.get_terminal_size().columns - 1
         print(f"\r\033[K{text[:width]}", end="\n" if stays else "", flush=True)
 
+    def draw(self) -> None:
+        "The results so far as a page; whatever goes wrong in it is no reason to stop a book."
+        from she_nb.evidence.page import draft_report
+        try: page = draft_report(self.book.report.parent, self.waiting, self.total)
+        except Exception as error: return self.say(f"no page yet: {error}")
+        if page: self.say(f"the results so far: {page}")
+
     def look(self) -> None:
-        for run in [run for run in self.waiting.values() if recorded(self.book, run)]:
+        done = [run for run in self.waiting.values() if recorded(self.book, run)]
+        for run in done:
             del self.waiting[run.key]
             self.say(f"{self.total - len(self.waiting)} of {self.total}  {run.key}")
+        if not self.book.studies and len(self.waiting) > 1 and any(run.stage == "evaluate" for run in done): self.draw()
         if not self.live and time.monotonic() - self.told < self.every: return
         self.told = time.monotonic()
         logs = {key: self.book.log(key) for key in self.waiting}
@@ -193,7 +202,7 @@ def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, f
         raise BookError(f"-p {bad[0]} is no setting; the settings are {', '.join(KINDS)}.")
     if args.name and not studies and args.name in presets():
         raise BookError(f"--name {args.name} is where the studies keep their records; choose another name.")
-    name = args.name or (args.preset + (f"-{Path(args.catalog).stem}" if args.catalog else "") if studies else "")
+    name = args.name or (args.preset + (f"-{catalog_stem(args.catalog)}" if args.catalog else "") if studies else "")
     book = open_book(args.preset, name, args.catalog, studies, args.work, args.reports, **overrides)
     runs = plan(book)
     todo = runs if args.force else pending(book, runs)

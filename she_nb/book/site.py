@@ -29,7 +29,7 @@ from nbformat.v4 import new_markdown_cell
 
 from .kernels import NotWarm, call
 from ..evidence.figures import LOOK, canvas, save
-from ..evidence.tables import claims_said, claims_table, escape, table_block
+from ..evidence.tables import claims_sentence, claims_table, escape, table_block
 from ..task import BookError, atomic_write
 
 # %% ../../nbs/78_book.site.ipynb #53ff141d
@@ -289,7 +289,7 @@ def claims_page(
     how = ("A claim holds when the 95 % interval of the difference, paired over seeds, lies above zero; it fails when the "
            "interval lies below. Otherwise it is undecided, as it always is with one seed. Differences are in points; "
            "✓: holds, ✗: fails. Click a heading to sort.")
-    return f"# Claims\n\n> {claims_said(tested)}\n\n{how}\n\n{told}\n"
+    return f"# Claims\n\n> {claims_sentence(tested)}\n\n{how}\n\n{told}\n"
 
 def house_page(
     root: Path,

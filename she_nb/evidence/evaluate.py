@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'COLUMNS', 'ALLOWED', 'TIER_METRICS', 'STEP_METRICS', 'OUTCOME', 'TYPE_METRICS', 'RECORD_FIELDS',
-           'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS', 'CLAIMS', 'check_predictions', 'confusion', 'kappa',
-           'tier_metrics', 'outcomes', 'step_metrics', 'metrics', 'bootstrap', 'Interval', 'seed_interval',
+           'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS', 'CLAIMS', 'CAVEATS', 'check_predictions', 'confusion',
+           'kappa', 'tier_metrics', 'outcomes', 'step_metrics', 'metrics', 'bootstrap', 'Interval', 'seed_interval',
            'paired_difference', 'read_records', 'pick', 'read_table', 'curves', 'by_seed', 'summary', 'verdict',
            'sentence', 'claims', 'effects', 'rollouts_to_target']
 
@@ -305,6 +305,9 @@ CLAIMS = {  # (better, worse) -> what is claimed, and by whom
     ("sft", "lexical"): ("fine-tuning beats counting words", "ours"),
     ("sft", "sft_label_only"): ("reasoning beats labels alone", "ours"),   # TaoSR1 finds the opposite at this stage
     ("sft", "sft_answer_first"): ("thinking first beats answering first", "ours")}
+CAVEATS = {  # (better, worse) -> what a reader of that difference must know; it is shown beside the claim
+    ("sft", rival): "The rival stays near chance, which is no fair verdict on labels: more steps or other rates were not tried."
+    for rival in ("sft_label_only", "sft_answer_first")}
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #c1694dfb
 def verdict(
@@ -335,13 +338,14 @@ def claims(
 ) -> pd.DataFrame:            # one row for each claim and metric, columns `CLAIM_COLUMNS`; none without a shared seed
     "Test the claims of the paper (TaoSR-SHE, 2510.07972), of its sister (TaoSR1, 2508.12365) and ours, paired over seeds."
     records, rows = list(records), []
-    for (arm, rival), (said, source) in CLAIMS.items():
+    for (arm, rival), (claim, source) in CLAIMS.items():
         for metric in CLAIM_METRICS:
             ours, theirs = by_seed(records, arm, metric), by_seed(records, rival, metric)
             if not set(ours) & set(theirs): continue
             found = paired_difference(ours, theirs)
             bounds = (found.mean, found.low, found.high)
-            rows.append((said, source, f"{arm},{rival}", metric, found.n, *bounds, verdict(found), sentence(found)))
+            words = f"{sentence(found)} {CAVEATS.get((arm, rival), '')}".strip()
+            rows.append((claim, source, f"{arm},{rival}", metric, found.n, *bounds, verdict(found), words))
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #f04bd323

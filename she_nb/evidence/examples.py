@@ -7,6 +7,7 @@ __all__ = ['EXAMPLE_CHANCES', 'EXAMPLE_TRUTH', 'EXAMPLE_CHAINS', 'EXAMPLE_TITLE'
            'example_group', 'example_samples', 'example_records']
 
 # %% ../../nbs/53_evidence.examples.ipynb #478c1b0e
+import gzip
 import json
 import re
 from collections.abc import Sequence
@@ -15,12 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from she_nb.evidence.evaluate import (
-    STEP_COLUMNS,
-    bootstrap,
-    metrics,
-    read_records,
-)
+from .evaluate import STEP_COLUMNS, bootstrap, metrics, read_records
 from ..task import QUERY_TYPES, StepTruth, Wish, atomic_write, render
 
 # %% ../../nbs/53_evidence.examples.ipynb #7721ff2e
@@ -49,7 +45,7 @@ def example_curves(
 ) -> pd.DataFrame:             # metrics.csv of an imagined training run
     "Learning curves of an imagined run (ours, for examples only)."
     t = np.arange(1, steps + 1)
-    rise = lambda low, high: low + (high - low) * (1 - np.exp(-t / 15)) + rng.normal(0, .015, steps)  # noqa: E731
+    def rise(low, high): return low + (high - low) * (1 - np.exp(-t / 15)) + rng.normal(0, .015, steps)
     if arm == "sft": return pd.DataFrame({"step": t * 20, "loss": rise(3, .2), "learning_rate": 2e-3})
     each = {f"step_accuracy_{k + 1}": rise(.8, chance) for k, chance in enumerate((*EXAMPLE_CHANCES[arm], .9))}
     return pd.DataFrame({
@@ -73,7 +69,7 @@ EXAMPLE_CHAINS = {  # chain -> which of its steps are right
 EXAMPLE_TITLE = 'Trainers <script>alert("5 stars")</script> | <tier> 4 | blue *best* [buy](x)'
 
 # %% ../../nbs/53_evidence.examples.ipynb #072f50d6
-def example_group() -> dict:  # a group.json, invented
+def example_group() -> dict:  # one sampled group, invented
     "One sampled group of eight responses, four of them different (ours, for examples only)."
     responses = []
     for i in (0, 1, 2, 0, 1, 3, 0, 2):
@@ -112,9 +108,9 @@ def example_records(
                       "metrics": metrics(table) | bootstrap(table, n=200) if last else {"loss": .2},
                       "seconds": 20. + 100 * (not last) + number, "peak_rss_mb": 1000, "device": "imagined",
                       "commit": "0" * 40, "dirty": False, "versions": {"she-nb": "example"}}
-            if last: atomic_write(run / "samples.json", json.dumps(example_samples(arm)))
-            else:
-                atomic_write(run / "metrics.csv", log.to_csv(index=False))
-                atomic_write(run / "group.json", json.dumps(example_group()))
+            if last:
+                atomic_write(run / "samples.json", json.dumps(example_samples(arm)))
+                atomic_write(run / "groups.json.gz", gzip.compress(json.dumps([example_group()]).encode(), mtime=0))
+            else: atomic_write(run / "metrics.csv", log.to_csv(index=False))
             atomic_write(run / "run.json", json.dumps(record))
     return read_records(folder)

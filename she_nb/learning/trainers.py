@@ -52,7 +52,7 @@ from ..verifier import score
 # %% ../../nbs/38_learning.trainers.ipynb #c006
 COMMON_CONFIG = dict(
     report_to="none", disable_tqdm=True, logging_steps=1,  # every step is a row of metrics.csv
-    bf16=False,                     # TRL turns it on where it can; in fp32 the book's runs repeat exactly
+    bf16=False,                     # TRL turns it on where it can; in fp32 runs repeat exactly, on one machine
     gradient_checkpointing=False,   # on by default in TRL; a tiny model fits
     dataloader_num_workers=0,       # the sampler's state must stay in this process
     save_strategy="steps", save_total_limit=1,   # to resume a killed run

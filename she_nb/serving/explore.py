@@ -8,12 +8,13 @@ __all__ = ['checkpoints', 'own_pair', 'sample_group', 'recorded_group', 'tint', 
 
 # %% ../../nbs/66_serving.explore.ipynb #74b8319f
 import html
-import json
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..evidence.credit import disagrees, read_groups
+from ..evidence.evaluate import pick, read_records
 from ..learning.advantage import CREDIT, advantage
 from ..learning.reward import Router
 from ..policy.models import load_policy
@@ -70,10 +71,10 @@ def recorded_group(
     reports: str | Path,  # reports/<name>
     arm: str = "sft",
 ) -> dict:                # as of `sample_group`
-    "The group that an evaluation sampled and recorded; raises `BookError` where there is none."
-    path = next(Path(reports).glob(f"runs/evaluate-{arm}-s*/group.json"), None)
-    if not path: raise BookError(f"{reports}: no evaluation of {arm} has kept a group; run the book first.")
-    group = json.loads(path.read_text())
+    "A group that an evaluation sampled and recorded: the first whose responses disagree; `BookError` where there is none."
+    groups = [group for record in pick(read_records(reports), "evaluate", arm) for group in read_groups(record)]
+    if not groups: raise BookError(f"{reports}: no evaluation of {arm} has kept a group; run the book first.")
+    group = next((group for group in groups if disagrees(group)), groups[0])
     for response in group["responses"]:
         response["rewards"] = [float("nan") if reward is None else reward for reward in response["rewards"]]
     return {**group, "sources": ["truth"] * 5, "order": "think_first"}
