@@ -136,10 +136,12 @@ LIVE_CSS = """
 .live { font-size: .9rem; margin: 1rem 0 1.5rem; --more: 0, 114, 178; --less: 213, 94, 0; }
 .live :is(label, legend) { font-size: .8rem; font-weight: 600; display: block; margin: 0 0 .2rem; float: none; width: auto; }
 .live fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
-.live .tools { display: flex; flex-wrap: wrap; gap: .7rem 1.4rem; align-items: end; margin-bottom: .8rem; }
+.live .tools { display: flex; flex-wrap: wrap; gap: .7rem 1.4rem; align-items: start; margin-bottom: .8rem; }
+.live .tools label br { line-height: 1.6; }
 .live .tools > * { min-width: 0; max-width: 100%; }
-.live select, .live .pill span { font: inherit; font-size: .85rem; color: inherit; background: transparent; padding: .35rem .6rem;
-  border: 1px solid currentColor; border-radius: .5rem; max-width: 100%; min-height: 2.2rem; box-sizing: border-box; }
+.live select, .live .pill span { font: inherit; font-size: .85rem; font-weight: 400; line-height: 1.3; color: inherit;
+  background: transparent; padding: .35rem .6rem; border: 1px solid currentColor; border-radius: .5rem;
+  max-width: 100%; min-height: 2.2rem; box-sizing: border-box; }
 .live option { color: #1d1d1f; background: #fff; }
 .live .pills { display: flex; gap: .35rem; flex-wrap: wrap; }
 .live .pill { display: inline-block; font-weight: 400; margin: 0; position: relative; cursor: pointer; }
@@ -170,7 +172,10 @@ LIVE_CSS += """
   -webkit-box-decoration-break: clone; }
 .live .tag { font-size: .85em; }
 .live .num { font-weight: 700; font-size: .78rem; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.live .detail { min-height: 2.9em; margin: .5rem 0 0; font-size: .84rem; }
+.live .detail { min-height: 1.5em; margin: .5rem 0; font-size: .84rem; position: sticky; bottom: 0; padding: .3rem 0;
+  background: var(--pst-color-background, Canvas); }
+.live .more { display: none; font: inherit; font-size: .85rem; color: inherit; background: transparent; padding: .35rem .8rem;
+  border: 1px solid currentColor; border-radius: .5rem; }
 .live .scale { display: flex; gap: .5rem; align-items: center; font-size: .78rem; flex-wrap: wrap; }
 .live .bar { width: 9rem; height: .8rem; border-radius: .3rem; border: 1px solid rgba(128, 128, 128, .5);
   background: linear-gradient(90deg, rgba(var(--less), .6), transparent, rgba(var(--more), .6)); }
@@ -182,6 +187,8 @@ LIVE_CSS += """
   .live .step::before { content: attr(data-step); font-weight: 600; overflow-wrap: normal; font-family: system-ui, sans-serif; }
   .live .tools > * { flex: 1 1 100%; }
   .live select { width: 100%; }
+  .live .answers:not(.all) .row:nth-child(n+6) { display: none; }
+  .live .answers:not(.all):has(.row:nth-child(6)) + .more { display: inline-block; }
 }
 @media (prefers-reduced-motion: reduce) { .live .t { transition: none; } }
 """
@@ -220,7 +227,8 @@ document.querySelectorAll(".live:not([data-on])").forEach(box => {
         const cell = make("span", "step"), said = make("span", "words");
         cell.setAttribute("role", "gridcell"); cell.dataset.step = names[step]; cell.tabIndex = -1;
         answer.tokens.forEach((token, k) => { if (answer.steps[k] !== place || !token.trim()) return;
-          const t = make("span", /^\s*</.test(token) ? "t tag" : "t", token.trim()); t.dataset.k = k; said.append(t, " "); });
+          const t = make("span", /^\s*</.test(token) ? "t tag" : "t", token.trim()); t.dataset.k = k;
+          said.append(/^\s/.test(token) ? " " : "", t); });
         cell.append(said, make("span", "num")); row.append(cell); line.push(cell);
         for (const kind of ["focus", "pointerenter", "click"]) cell.addEventListener(kind, () => tell(cell));
         cell.addEventListener("focus", () => walk(cell));
@@ -273,6 +281,7 @@ LIVE_JS += r"""
   on("group", "change", value => { state.group = Number(value); rows(); });
   on("source", "change", value => state.source = Number(value));
   on("gamma", "input", value => state.gamma = Number(value));
+  one("more").addEventListener("click", () => one("answers").classList.add("all"));
   on("rest", "change", value => state.rule = value || "srpo_return");
   box.querySelectorAll(".pill input").forEach(pill =>
     pill.addEventListener("change", () => { state.rule = pill.value; colours(); }));
@@ -297,7 +306,8 @@ def _controls(groups):
     pills = "".join(f'<label class="pill"><input type="radio" name="live-rule" value="{rule}"><span>{names[rule]}</span></label>'
                     for rule in PILLS)
     others = "".join(option(rule, arm_look(rule)[0]) for rule in CREDIT if rule not in PILLS)
-    choice = lambda name, texts: f'<select class="{name}">{"".join(option(i, text) for i, text in enumerate(texts))}</select>'  # noqa: E731
+    choice = lambda name, texts: (  # noqa: E731
+        f'<select class="{name}">{"".join(option(i, text) for i, text in enumerate(texts))}</select>')
     return (f'<fieldset><legend>credit rule</legend><div class="pills">{pills}'
             f'<select class="rest" aria-label="another rule"><option value="">others …</option>{others}</select></div></fieldset>'
             f'<label>gamma: <output class="at"></output><br><input class="gamma" type="range" min="0" '
@@ -310,10 +320,11 @@ FRAME = """<div class="live" role="group" aria-label="Who earned the reward? A l
 <p class="asked"><b>query:</b> <span class="query"></span><br><b>item:</b> <span class="item"></span></p>
 <p class="said" aria-live="polite"><b class="sum"></b> <span class="why"></span></p>
 <div class="answers" role="grid" aria-label="answers, one field for a step"></div>
+<button type="button" class="more">all answers</button>
 <p class="detail"></p>
 <p class="scale"><span>less likely <span class="least"></span></span><span class="bar"></span>
 <span><span class="most"></span> likelier</span>
-<span>✓ right, ✗ wrong; in brackets: not paid for. Shades are relative to this picture's largest advantage.</span></p>
+<span>✓ right, ✗ wrong; in brackets: not paid for. Shades are relative to the largest advantage shown.</span></p>
 <noscript>This picture needs JavaScript.</noscript>
 <script type="application/json">{data}</script><script>{script}</script></div>"""
 
