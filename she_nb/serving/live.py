@@ -158,9 +158,9 @@ LIVE_CSS = """
 .live .said strong { font-variant-numeric: tabular-nums; }
 """
 
-# %% ../../nbs/68_serving.live.ipynb #2b0dd1c4
+# %% ../../nbs/68_serving.live.ipynb #3ec47493
 LIVE_CSS += """
-.live .row { display: grid; gap: .25rem; margin-bottom: .25rem;
+.live .answer { display: grid; gap: .25rem; margin-bottom: .25rem;
   grid-template-columns: 1.8rem minmax(0, 9fr) minmax(0, 9fr) minmax(0, 7fr) minmax(0, 9fr) minmax(0, 4fr); }
 .live .head { font-size: .78rem; font-weight: 700; padding: 0 .35rem; }
 .live .truth .step { border: 1px dashed currentColor; font-size: .72rem; opacity: .85; }
@@ -168,7 +168,7 @@ LIVE_CSS += """
 .live .step { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .72rem; line-height: 1.5; padding: .2rem .35rem;
   border-radius: .4rem; overflow-wrap: anywhere; display: flex; flex-direction: column; justify-content: space-between; }
 .live .answers .step:not(.told) { border: 1px solid rgba(128, 128, 128, .35); }
-.live .t { padding: .06rem .1rem; border-radius: .15rem; transition: background-color .25s; box-decoration-break: clone;
+.live .t { padding: .06rem 0; transition: background-color .25s; box-decoration-break: clone;
   -webkit-box-decoration-break: clone; }
 .live .tag { font-size: .85em; }
 .live .num { font-weight: 700; font-size: .78rem; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -180,15 +180,15 @@ LIVE_CSS += """
 .live .bar { width: 9rem; height: .8rem; border-radius: .3rem; border: 1px solid rgba(128, 128, 128, .5);
   background: linear-gradient(90deg, rgba(var(--less), .6), transparent, rgba(var(--more), .6)); }
 @media (max-width: 760px) {
-  .live .row { grid-template-columns: 1fr; margin-bottom: .8rem; }
+  .live .answer { grid-template-columns: 1fr; margin-bottom: .8rem; }
   .live .heads { display: none; }
   .live .times { text-align: left; }
   .live .step { display: grid; grid-template-columns: 4.6rem minmax(0, 1fr) 3.6rem; gap: .3rem; }
   .live .step::before { content: attr(data-step); font-weight: 600; overflow-wrap: normal; font-family: system-ui, sans-serif; }
   .live .tools > * { flex: 1 1 100%; }
   .live select { width: 100%; }
-  .live .answers:not(.all) .row:nth-child(n+6) { display: none; }
-  .live .answers:not(.all):has(.row:nth-child(6)) + .more { display: inline-block; }
+  .live .answers:not(.all) .answer:nth-child(n+6) { display: none; }
+  .live .answers:not(.all):has(.answer:nth-child(6)) + .more { display: inline-block; }
 }
 @media (prefers-reduced-motion: reduce) { .live .t { transition: none; } }
 """
@@ -213,7 +213,7 @@ document.querySelectorAll(".live:not([data-on])").forEach(box => {
     const group = data.groups[state.group], list = one("answers");
     one("query").textContent = group.query; one("item").textContent = group.item;
     list.replaceChildren(); fields.length = 0;
-    const heads = make("div", "row heads"), truth = make("div", "row truth");
+    const heads = make("div", "answer heads"), truth = make("div", "answer truth");
     heads.setAttribute("aria-hidden", "true"); heads.append(make("span", ""));
     truth.setAttribute("role", "row"); truth.append(make("span", "times", "true"));
     group.order.forEach((step, place) => { heads.append(make("span", "head", names[step]));
@@ -221,7 +221,7 @@ document.querySelectorAll(".live:not([data-on])").forEach(box => {
       cell.append(make("span", "", group.truth[place])); truth.append(cell); });
     list.append(heads, truth);
     group.answers.forEach((answer, i) => {
-      const row = make("div", "row"), line = [];
+      const row = make("div", "answer"), line = [];
       row.setAttribute("role", "row"); row.append(make("span", "times", "×" + answer.times));
       group.order.forEach((step, place) => {
         const cell = make("span", "step"), said = make("span", "words");
