@@ -93,7 +93,8 @@ def test_the_live_picture_shows_what_the_library_says(visit, source, rule, gamma
     if rule in PILLS: page.locator(f".live .pill input[value={rule}]").check(force=True)
     else: page.locator(".live .rest").select_option(rule)
     page.locator(".live .source").select_option(str(source))
-    page.locator(".live .gamma").evaluate("(one, at) => { one.value = at; one.dispatchEvent(new Event('input')); }", GAMMAS.index(gamma))
+    move = "(one, at) => { one.value = at; one.dispatchEvent(new Event('input')); }"
+    page.locator(".live .gamma").evaluate(move, GAMMAS.index(gamma))
     page.wait_for_timeout(400)      # the colours fade over
     found, told = shown(page), expected(list(PAYS)[source], rule, gamma)
     assert len(found) == len(told)
@@ -123,8 +124,8 @@ def test_the_live_picture_by_keyboard(visit):
     told = page.inner_text(".live .detail")
     assert first.startswith("Answer 1, query: ") and told.startswith("Answer 2, item: ") and "advantage" in told
     assert page.locator(".live .step[tabindex='0']").count() == 1
-    unnamed = "[...document.querySelectorAll('.live :is(select, input)')].filter(one => !one.labels.length && !one.ariaLabel).length"
-    assert page.evaluate(unnamed) == 0
+    unnamed = "one => !one.labels.length && !one.ariaLabel"
+    assert page.evaluate(f"[...document.querySelectorAll('.live :is(select, input)')].filter({unnamed}).length") == 0
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -148,7 +149,7 @@ def test_the_live_picture_can_be_read(visit, theme):
 
 def test_a_study_begins_with_its_answer(visit):
     page = visit("ablations/credit")
-    tops = [page.locator(f"main {what}").first.bounding_box()["y"]
+    tops = [page.locator(f"article {what}").first.bounding_box()["y"]
             for what in ("h1", "blockquote", "p:has(strong)", "figure img", "h2:has-text('How it was run')", "details")]
     assert tops == sorted(tops)
     assert page.locator("main div.cell_input").filter(visible=True).count() == 0       # all code is folded
@@ -158,7 +159,7 @@ def test_a_stage_folds_its_plumbing(visit):
     page = visit("stages/train")
     seen = " ".join(page.locator("main div.cell_input").filter(visible=True).all_inner_texts())
     assert "train_rl(" in seen and "start_run(" not in seen and "import pandas" not in seen
-    tops = [page.locator(f"main {what}").first.bounding_box()["y"] for what in ("h1", "img, main svg", "details")]
+    tops = [page.locator(f"article {what}").first.bounding_box()["y"] for what in ("h1", "img", "details")]
     assert tops == sorted(tops)
 
 

@@ -310,7 +310,7 @@ def _controls(groups):
         f'<select class="{name}">{"".join(option(i, text) for i, text in enumerate(texts))}</select>')
     return (f'<fieldset><legend>credit rule</legend><div class="pills">{pills}'
             f'<select class="rest" aria-label="another rule"><option value="">others …</option>{others}</select></div></fieldset>'
-            f'<label>gamma: <output class="at"></output><br><input class="gamma" type="range" min="0" '
+            f'<label>gamma: <span class="at"></span><br><input class="gamma" type="range" min="0" '
             f'max="{len(GAMMAS) - 1}" step="1" value="{len(GAMMAS) - 1}"></label>'
             f"<label>paid are<br>{choice('source', PAYS)}</label><label>answers of<br>{choice('group', groups)}</label>")
 
