@@ -63,6 +63,123 @@ def test_the_first_page(visit):
     assert page.locator("main img").count() >= 1 and page.locator("div.cell_input").count() == 0   # pictures, and no code
 
 
+def shown(page):
+    "Of every token of the live picture: its advantage, whether its background is blue, red or bare; of every field its number."
+    return page.evaluate("""() => [...document.querySelectorAll(".live .answers [role=row]:not(.truth)")].map(row =>
+      [...row.querySelectorAll(".step")].map(step => ({said: step.querySelector(".num").textContent,
+        tokens: [...step.querySelectorAll(".t")].map(t => [Number(t.dataset.a), getComputedStyle(t).backgroundColor])})))""")
+
+
+def expected(source, rule, gamma):
+    "What the library gives to the first recorded group; answers that say the same once."
+    from she_nb.serving.live import given, recorded_groups, shares, truths_of
+    group = next(iter(recorded_groups(ROOT / "reports/tiny").values()))
+    texts = ["".join(said["tokens"]) for said in group["responses"]]
+    rows = [texts.index(text) for text in dict.fromkeys(texts)]
+    made, divisors, found = given(truths_of(group), source, rule, gamma), shares(group), []
+    for row in rows:
+        said, by = group["responses"][row], divisors[row] if rule == "lambda_grpo" else [1] * 999
+        found.append([[made[row, step].item() / by[k] for k, at in enumerate(said["step_ids"])
+                       if at == step and said["tokens"][k].strip()] for step in range(5)])
+    return found
+
+
+@pytest.mark.parametrize("source, rule, gamma", [
+    (0, "srpo_return", 1.0), (0, "grpo", 1.0), (0, "srpo_return", 0.5), (1, "srpo_step", 0.0), (2, "srpo_return", 1.0),
+    (0, "lambda_grpo", 1.0), (1, "minimum", 1.0)])
+def test_the_live_picture_shows_what_the_library_says(visit, source, rule, gamma):
+    from she_nb.serving.live import GAMMAS, PAYS, PILLS
+    page = visit("index")
+    if rule in PILLS: page.locator(f".live .pill input[value={rule}]").check(force=True)
+    else: page.locator(".live .rest").select_option(rule)
+    page.locator(".live .source").select_option(str(source))
+    move = "(one, at) => { one.value = at; one.dispatchEvent(new Event('input')); }"
+    page.locator(".live .gamma").evaluate(move, GAMMAS.index(gamma))
+    page.wait_for_timeout(400)      # the colours fade over
+    found, told = shown(page), expected(list(PAYS)[source], rule, gamma)
+    assert len(found) == len(told)
+    for row, wanted in zip(found, told, strict=True):
+        for step, values in zip(row, wanted, strict=True):
+            assert [value for value, _ in step["tokens"]] == pytest.approx(values, abs=2e-3)
+            assert f"{abs(values[-1]):.2f}" in step["said"] and ("+" in step["said"]) == (max(values) > 5e-3)
+            for value, colour in step["tokens"]:
+                assert ("(0, 114, 178" in colour and value > 0 or "(213, 94, 0" in colour and value <= 0)
+
+
+def test_the_live_picture_changes(visit):
+    page = visit("index")
+    first, sentence = shown(page), page.inner_text(".live .sum")
+    page.locator(".live .pill input[value=grpo]").check(force=True)
+    assert shown(page) != first and page.inner_text(".live .sum") != sentence and page.locator(".live .gamma").is_disabled()
+    page.locator(".live .group").select_option("1")
+    assert page.inner_text(".live .query") not in sentence and len(shown(page)) > 1
+
+
+def test_the_live_picture_by_keyboard(visit):
+    page = visit("66_serving.explore")
+    page.locator(".live .step[tabindex='0']").focus()
+    first = page.inner_text(".live .detail")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    told = page.inner_text(".live .detail")
+    assert first.startswith("Answer 1, query: ") and told.startswith("Answer 2, item: ") and "advantage" in told
+    assert page.locator(".live .step[tabindex='0']").count() == 1
+    unnamed = "one => !one.labels.length && !one.ariaLabel"
+    assert page.evaluate(f"[...document.querySelectorAll('.live :is(select, input)')].filter({unnamed}).length") == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_live_picture_can_be_read(visit, theme):
+    "Text on every colour has a contrast of at least 4.5."
+    page = visit("index", width=390)
+    page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+    page.wait_for_timeout(400)
+    ratios = page.evaluate("""() => {
+      const parts = text => (text.match(/[0-9.]+/g) || []).map(Number);
+      const light = rgb => rgb.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+      const ground = parts(getComputedStyle(document.body).backgroundColor).slice(0, 3);
+      return [...document.querySelectorAll(".live .t")].map(t => { const look = getComputedStyle(t);
+        const [r, g, b, a = 1] = parts(look.backgroundColor), under = [r, g, b].map((v, i) => a * v + (1 - a) * ground[i]);
+        const [x, y] = [light(parts(look.color).slice(0, 3)), light(under)].sort((p, q) => q - p);
+        return (x + .05) / (y + .05); }); }""")
+    assert len(ratios) > 50 and min(ratios) >= 4.5
+    assert page.evaluate("document.documentElement.scrollWidth") <= 391
+
+
+def test_a_study_begins_with_its_answer(visit):
+    page = visit("ablations/credit")
+    tops = [page.locator(f"article {what}").first.bounding_box()["y"]
+            for what in ("h1", "blockquote", "p:has(strong)", "figure img", "h2:has-text('How it was run')", "details")]
+    assert tops == sorted(tops)
+    assert page.locator("main div.cell_input").filter(visible=True).count() == 0       # all code is folded
+
+
+def test_a_stage_folds_its_plumbing(visit):
+    page = visit("stages/train")
+    seen = " ".join(page.locator("main div.cell_input").filter(visible=True).all_inner_texts())
+    assert "train_rl(" in seen and "start_run(" not in seen and "import pandas" not in seen
+    tops = [page.locator(f"article {what}").first.bounding_box()["y"] for what in ("h1", "img", "details")]
+    assert tops == sorted(tops)
+
+
+def test_the_parts_stand_in_order(visit):
+    page = visit("index")
+    captions = page.locator("nav p.caption").all_inner_texts()
+    assert captions == ["Results", "The task", "The shop", "The policy", "Learning", "Evidence", "Serving", "The book",
+                        "Studies, as run", "Stages, as run", "About"]
+
+
+def test_the_house_stands():
+    from she_nb.book.house import chapter_modules, imports_of, module_lines, upward
+    order, imports = chapter_modules(sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))), imports_of(ROOT / "she_nb")
+    assert sum(map(len, imports.values())) > 50 and upward(order, imports) == []
+    done = set()                                       # no circle: what is left can always begin with somebody
+    while ready := [name for name in imports if name not in done and set(imports[name]) <= done]: done |= set(ready)
+    assert done == set(imports)
+    assert {name: count for name, count in module_lines(ROOT / "she_nb").items() if count > 500} == {}
+
+
 def test_from_page_to_page(visit):
     page = visit("index")
     page.locator("nav a", has_text="Advantages").first.click()
@@ -84,7 +201,8 @@ def test_search_finds_a_page(visit):
     assert page.locator("#search-results li").count() > 2
 
 
-@pytest.mark.parametrize("name", ["index", "30_learning.advantage", "claims", "report", "66_serving.explore"])
+@pytest.mark.parametrize("name", ["index", "30_learning.advantage", "claims", "report", "66_serving.explore", "house",
+                                  "ablations/gamma", "stages/train"])
 def test_on_a_phone(visit, name):
     page = visit(name, width=390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 391
