@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from ..evidence.credit import disagrees, read_groups
+from ..evidence.evaluate import pick, read_records
 from ..evidence.figures import arm_look
-from ..learning.advantage import CREDIT, advantage, agreeing
+from ..learning.advantage import CREDIT, advantage, shared_prefix_counts
 from ..task import ORDERS, STEPS, BookError
 
 # %% ../../nbs/68_serving.live.ipynb #65b16134
@@ -24,14 +26,11 @@ def recorded_groups(
     arms: tuple[str, ...] = ("sft", "srpo"),    # whose answers
     most: int = 2,                              # prompts of an arm at most
 ) -> dict[str, dict]:                           # "SFT: what wireless and red thing" -> a group
-    "Groups that evaluations kept, each prompt of an arm once."
-    found = {}
+    "Groups that evaluations kept, each prompt of an arm once; first those whose answers disagree."
+    found, records = {}, read_records(reports)
     for arm in arms:
-        asked = {}
-        for file in sorted(Path(reports).glob(f"runs/evaluate-{arm}-s*/group*.json")):
-            kept = json.loads(file.read_text())
-            kept = kept.get("groups", [kept]) if isinstance(kept, dict) else kept
-            for group in kept: asked.setdefault(group["prompt"], group)
+        groups, asked = [group for record in pick(records, "evaluate", arm) for group in read_groups(record)], {}
+        for group in sorted(groups, key=disagrees, reverse=True): asked.setdefault(group["prompt"], group)
         found |= {f"{arm_look(arm)[0]}: {said_of(prompt, 'query')}": group for prompt, group in list(asked.items())[:most]}
     return found
 
@@ -94,7 +93,7 @@ def shares(
     ids = torch.full((len(group["responses"]), longest), -1)
     for row, said in enumerate(group["responses"]):
         ids[row, :len(said["tokens"])] = torch.tensor([names[token] for token in said["tokens"]])
-    same = agreeing(ids, (ids >= 0).long(), len(ids))
+    same = shared_prefix_counts(ids, (ids >= 0).long(), len(ids))
     return [row[:len(said["tokens"])] for row, said in zip(same.tolist(), group["responses"], strict=True)]
 
 def table_of(
