@@ -43,6 +43,7 @@ class WarmSettings(TaskSettings):
     sft_steps: int  # optimizer steps of fine-tuning
     sft_batch: int  # chains per step
     sft_lr: float  # its learning rate
+    sft_muon_lr: float  # of Muon, for the matrices of the layers; 0: AdamW for all
     dpo_pairs: int  # pairs that the policy is asked about
     dpo_samples: int  # answers to each
     dpo_steps: int  # optimizer steps
@@ -56,6 +57,7 @@ class WarmSettings(TaskSettings):
     judge_hard_pairs: int  # others, among whose steps its hard ones are sought
     judge_steps: int  # optimizer steps of its fine-tuning
     judge_lr: float  # their learning rate
+    judge_muon_lr: float  # likewise of Muon
     judge_rl_steps: int  # optimizer steps of GRPO on the hard subset
     judge_rl_lr: float  # their learning rate
     judge_unsure: float  # a verdict less sure than this is hard
@@ -106,7 +108,8 @@ LIMITS = {"data_seed": (0, 2**31),
           "dpo_samples": (2, 1024), "select_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100),
           "dpo_sft": (0, 100), "judge_lr": (1e-8, 1), "judge_rl_lr": (1e-8, 1),
           "judge_unsure": (0.5, 1), "judge_samples": (0, 1024), "judge_flip": (0, 1), "judge_share": (0.001, 1),
-          "refill": (0, 100), "watch_every": (0, 10**6), "watch_pairs": (1, 10**6), "sft_lr": (1e-8, 1), "rl_lr": (1e-8, 1),
+          "refill": (0, 100), "watch_every": (0, 10**6), "watch_pairs": (1, 10**6), "sft_lr": (1e-8, 1),
+          "sft_muon_lr": (0, 1), "judge_muon_lr": (0, 1), "rl_lr": (1e-8, 1),
           "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10), "clip_epsilon": (0.001, 1)}
 CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
            "reading": ("group", "step", "return"), "engine": ("shared", "trl"),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMON_CONFIG', 'Progress', 'last_checkpoint', 'run_training', 'sft_dataset', 'tokenize_completions',
-           'LengthGroupedSampler', 'pad_right', 'compact_head', 'CompactSFTTrainer', 'train_sft']
+           'LengthGroupedSampler', 'pad_right', 'compact_head', 'CompactSFTTrainer', 'orthogonalize', 'Muon',
+           'train_sft']
 
 # %% ../../nbs/37_learning.sft.ipynb #3c1e4856
 import json
@@ -151,6 +152,55 @@ class CompactSFTTrainer(SFTTrainer):
     def compute_loss(self, *args, **kwargs):
         with compact_head(): return super().compute_loss(*args, **kwargs)
 
+# %% ../../nbs/37_learning.sft.ipynb #19654b79
+def orthogonalize(
+    matrices: Tensor,  # (matrices, rows, columns)
+    rounds: int = 5,   # of the iteration
+) -> Tensor:           # likewise, singular values near one
+    "Newton-Schulz iteration with Muon's coefficients (Jordan 2024), in the dtype given."
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+# %% ../../nbs/37_learning.sft.ipynb #74e544b2
+class Muon(torch.optim.AdamW):
+    "Muon for matrices of the layers (Jordan 2024; step size as Liu et al. 2025), AdamW for embeddings, norms and head."
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        lr: float,                 # of AdamW
+        matrix_lr: float,          # of Muon; an update is as large as AdamW's would be at this rate
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+    ):
+        outer = {id(weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+                 if layer is not None for weight in layer.parameters()}
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        matrices = [weight for weight in trained if weight.ndim == 2 and id(weight) not in outer]
+        inner = {id(weight) for weight in matrices}
+        groups = [{"params": [weight for weight in trained if id(weight) not in inner]}, {"params": matrices, "lr": matrix_lr}]
+        super().__init__(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        group, updates = self.param_groups[1], {}
+        for weight in (weight for weight in group["params"] if weight.grad is not None):
+            state = self.state[weight]   # named as AdamW's own, so that checkpoints load
+            if not state: state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight)}
+            average = state["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
+            updates.setdefault(weight.shape, []).append((weight, weight.grad.lerp(average, self.momentum)))
+            weight.grad = None   # AdamW passes it over
+        for shape, rows in updates.items():
+            size = 0.2 * max(shape) ** 0.5 * group["lr"]
+            for (weight, _), update in zip(rows, orthogonalize(torch.stack([update for _, update in rows])), strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+        return super().step(closure)
+
 # %% ../../nbs/37_learning.sft.ipynb #b2b2d3ee
 def train_sft(
     model: PreTrainedModel,
@@ -161,6 +211,7 @@ def train_sft(
     batch: int = 64,      # pairs a step (ours)
     lr: float = 2e-3,     # peak, after warm-up, then cosine to zero (ours; for about a million parameters)
     seed: int = 0,
+    muon_lr: float = 0.0,  # of Muon, for the layers' matrices; 0: AdamW for all
 ) -> list[dict]:          # one row for each step: step, loss, learning_rate, ...
     "Supervised fine-tuning with TRL's SFTTrainer."
     config = SFTConfig(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr,
@@ -168,5 +219,6 @@ def train_sft(
                        max_length=None, save_steps=max(steps // 4, 1), **COMMON_CONFIG)
     trainer = CompactSFTTrainer(
         model, args=config, train_dataset=tokenize_completions(dataset, tokenizer), processing_class=tokenizer,
-        data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id), callbacks=[Progress(("loss", "mean_token_accuracy"))])
+        data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id), callbacks=[Progress(("loss", "mean_token_accuracy"))],
+        optimizers=(Muon(model, lr, muon_lr) if muon_lr else None, None))
     return run_training(trainer, out)

@@ -39,7 +39,6 @@ from she_nb.task import (
     atomic_write,
     parse,
     prompt,
-    render,
     response_text,
     step_ids,
     token_bytes,
