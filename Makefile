@@ -25,7 +25,7 @@ ablations: .venv/.book
 
 benchmark: .venv/.book
 	@echo "Timing training steps, ours beside TRL's own; a quarter of an hour, best on a machine with nothing else to do"
-	@$(BIN)/she-nb stage benchmark -p preset $(PRESET) -p cases book,grid,smollm2 -p rounds 1 -p steps 5 \
+	@$(BIN)/she-nb stage benchmark -p preset $(PRESET) -p cases book,grid,smollm2 -p rounds 3 \
 	  -p threads 2 -p out "$(CURDIR)/reports/benchmark"
 
 test: .venv/.test

@@ -13,7 +13,7 @@ NAMES = ("loss", "grad_norm", "entropy", "reward", "all_steps", "advantage_std")
 
 
 def history(model, tokenizer, folder, steps=4, packed=True, **changes):
-    options = {name: changes.pop(name) for name in ("shared_rollout", "row_tokens") if name in changes}
+    options = {name: changes.pop(name) for name in ["shared_rollout"] if name in changes}
     run = trainer(RecordingTrainer, model, tokenizer, settings(folder, steps, **changes), packed_update=packed, **options)
     run.train()
     return run
@@ -35,7 +35,7 @@ def test_thirty_steps_are_the_same_thirty_steps(policy, tokenizer, tmp_path):
     assert moved(packed, policy) and len({row["reward"] for row in rows(packed)}) > 3
 
 
-SETTINGS = ({"micro_batch": 4}, {"micro_batch": 2}, {"num_iterations": 3}, {"beta": 0.1}, {"row_tokens": 400},
+SETTINGS = ({"micro_batch": 4}, {"micro_batch": 2}, {"num_iterations": 3}, {"beta": 0.1},
             {"loss_type": "dapo"}, {"mask_truncated_completions": True, "max_new_tokens": 12}, {"gradient_checkpointing": True})
 
 

@@ -68,7 +68,8 @@ def train_dpo(
     "Direct preference optimisation (2305.18290)."
     config = DPOConfig(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, beta=beta,
                        loss_type=["sigmoid", "sft"], loss_weights=[1.0, sft_weight], warmup_steps=max(steps // 10, 1),
-                       lr_scheduler_type="cosine", max_length=None, seed=seed, save_steps=max(steps // 4, 1), **COMMON_CONFIG)
+                       precompute_ref_log_probs=steps * batch > len(rows), lr_scheduler_type="cosine", max_length=None,
+                       seed=seed, save_steps=max(steps // 4, 1), **COMMON_CONFIG)
     trainer = DPOTrainer(str(model), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                          callbacks=[Progress(("loss", "rewards/accuracies", "rewards/margins"))])
     return trainer, run_training(trainer, out)

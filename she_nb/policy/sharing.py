@@ -105,10 +105,9 @@ class SharedPromptTrainer(SharedRolloutTrainer):
         *args,
         shared_rollout: bool = True,  # False: TRL's own generation
         packed_update: bool = True,   # False: TRL's padded rows
-        row_tokens: int = 0,          # several groups share a row of so many tokens; 0: the longest group's
         **kwargs,                     # GRPOTrainer's own
     ):
-        self.packed_update, self.row_tokens = packed_update, row_tokens
+        self.packed_update = packed_update
         super().__init__(*args, shared_rollout=shared_rollout, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
@@ -128,7 +127,7 @@ class SharedPromptTrainer(SharedRolloutTrainer):
         size, outputs = batch_size or len(input_ids), []
         with self.accelerator.autocast():
             for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-                outputs.append(packed_logps(model, ids, mask, logits_to_keep, self.row_tokens, compute_aux_loss))
+                outputs.append(packed_logps(model, ids, mask, logits_to_keep, compute_aux_loss))
         logps, entropies, aux_losses = zip(*outputs, strict=True)
         return (torch.cat(logps), torch.cat(entropies) if compute_entropy else None,
                 torch.stack(aux_losses).mean() if compute_aux_loss else None)
