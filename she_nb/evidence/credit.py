@@ -27,7 +27,7 @@ from ..task import ORDERS, STEPS
 def credit_rows(
     group: dict,        # one sampled group: gamma and responses with tokens, step_ids and rewards
     method: str,        # a credit rule of `she_nb.advantage`
-    most: int = 8,      # different responses at most
+    max_rows: int = 8,  # different responses at most
     outcome: int = -1,  # which step is the tier, in the order of generation
 ) -> list[dict]:        # tokens, step_ids, rewards, times (how often it was sampled), advantages; best first
     "The different responses of a group with the advantages of their steps."
@@ -38,7 +38,7 @@ def credit_rows(
     for response, reward, value in zip(group["responses"], rewards, advantages_of_steps, strict=True):
         row = {**response, "rewards": reward, "advantages": value, "times": 0}
         rows.setdefault("".join(response["tokens"]), row)["times"] += 1
-    return sorted(rows.values(), key=lambda row: (-np.nansum(row["rewards"]), -row["times"]))[:most]
+    return sorted(rows.values(), key=lambda row: (-np.nansum(row["rewards"]), -row["times"]))[:max_rows]
 
 # %% ../../nbs/57_evidence.credit.ipynb #20ae77ef
 WIDEST = 76  # characters of a step that are shown
@@ -90,11 +90,11 @@ def credit_figure(
     group: dict,                 # one sampled group
     methods: dict[str, str],     # title of a panel -> credit rule of `she_nb.advantage`
     order: str = "think_first",  # how the chain is ordered, a key of ORDERS
-    most: int = 8,               # different responses at most
+    max_rows: int = 8,           # different responses at most
 ) -> plt.Figure:                 # a panel for each rule, one colour scale, symmetric about 0
     "Advantages over the tokens of one group, rule beside rule (TaoSR-SHE, Eq. 6)."
     outcome = ORDERS[order].index(4)
-    panels = {title: credit_rows(group, method, most, outcome) for title, method in methods.items()}
+    panels = {title: credit_rows(group, method, max_rows, outcome) for title, method in methods.items()}
     limit = max([abs(a) for rows in panels.values() for row in rows for a in row["advantages"]] + [.1])
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(-1.2 * limit, 1.2 * limit), "RdBu")
     first = next(iter(panels.values()))
@@ -148,7 +148,7 @@ def informative_groups(
     records: Iterable[dict],   # run records; those of the stage evaluate count
     source: str,               # the arm whose groups are shown
     arms: Sequence[str],       # the arms that should differ at the chosen pairs
-    most: int = 3,             # groups at most
+    max_groups: int = 3,       # groups at most
 ) -> list[dict[str, dict]]:    # for each chosen pair: arm -> its group, the source first
     "Groups of the first seed that disagree, those first at whose pairs the arms differ most in what is right (ours)."
     groups_by_arm = {}
@@ -163,7 +163,7 @@ def informative_groups(
     def spread(pair):
         rates = [_right(pair[arm]).mean(0) for arm in arms if arm in pair]
         return np.nansum(np.ptp(rates, axis=0)) if len(rates) > 1 else 0.
-    return sorted(candidates, key=spread, reverse=True)[:most]
+    return sorted(candidates, key=spread, reverse=True)[:max_groups]
 
 # %% ../../nbs/57_evidence.credit.ipynb #5dd03f12
 def credit_caption(
@@ -175,7 +175,7 @@ def credit_caption(
     lines = dict(line.partition(":")[::2] for line in group["prompt"].splitlines() if ":" in line)
     query, item = (next((escape(text) for name, text in lines.items() if name.strip() == part), "") for part in ("query", "item"))
     different, size = len({"".join(r["tokens"]) for r in group["responses"]}), len(group["responses"])
-    counts = ["{} of {}".format(*count_right(own)) + f" by {arm_style(name)[0]}" for name, own in pair.items()]
+    counts = ["{} of {}".format(*count_right(arm_group)) + f" by {arm_style(name)[0]}" for name, arm_group in pair.items()]
     return (f"**One group, sampled by {arm_style(arm)[0]}**: {size} responses, {different} of them different, to the query "
             f"*{query}*, item *{item}*. A mark says whether a step was right. Lower panel: `{method}`, "
             f"gamma {group.get('gamma', 1.0):g}. Right throughout: {', '.join(counts)}.")

@@ -26,8 +26,8 @@ EXAMPLE_ACCURACIES = {"sft": (.95, .90, .92, .80), "grpo": (.94, .88, .95, .86),
 def example_predictions(
     accuracies: Sequence[float],  # of steps 1 to 4
     rng: np.random.Generator,
-    pairs: int = 400,          # of each test set
-) -> pd.DataFrame:             # a table of predictions, invented
+    pairs: int = 400,             # of each test set
+) -> pd.DataFrame:                # a table of predictions, invented
     "Predictions of an imagined policy (ours, for examples only)."
     size = 2 * pairs
     steps, true = rng.random((size, 4)) < accuracies, rng.integers(1, 5, size)

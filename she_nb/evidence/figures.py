@@ -60,7 +60,7 @@ def arm_order(
 # %% ../../nbs/54_evidence.figures.ipynb #aac2e2f3
 def image(
     figure: plt.Figure,
-    format: str,           # "svg" or "png"
+    format: str,         # "svg" or "png"
 ) -> bytes:              # the same bytes every time
     "The bytes of an image file, without date or random ids (ours)."
     metadata, buffer = {"Date": None} if format == "svg" else {"Software": None}, io.BytesIO()
@@ -94,10 +94,10 @@ def _dots(ax, table, names, vertical=True):
     for i, arm in enumerate(arms):
         label, colour, marker = arm_style(arm)
         rows = table[table["arm"] == arm].set_index("metric").reindex(names)
-        place = np.arange(len(names)) + (.12 if len(arms) < 5 else .09) * (i - (len(arms) - 1) / 2)
+        positions = np.arange(len(names)) + (.12 if len(arms) < 5 else .09) * (i - (len(arms) - 1) / 2)
         mean = 100 * rows["mean"].to_numpy(float)
         error = np.abs(100 * rows[["ci_low", "ci_high"]].to_numpy(float).T - mean)
-        ax.errorbar(place, mean, yerr=error, fmt=marker, color=colour, label=label, ms=8, elinewidth=2, mew=0)
+        ax.errorbar(positions, mean, yerr=error, fmt=marker, color=colour, label=label, ms=8, elinewidth=2, mew=0)
 
 # %% ../../nbs/54_evidence.figures.ipynb #e3f192ae
 def _absent(message):
@@ -117,12 +117,12 @@ STUDY_METRICS = {"balanced/macro_f1": "Macro F1", "balanced/all_steps": "All ste
 # %% ../../nbs/54_evidence.figures.ipynb #310d4138
 def _arm_panel(ax, rows):
     "One metric: a point and an interval for every arm, the value written above it."
-    for place, (arm, row) in enumerate(rows.iterrows()):
+    for y, (arm, row) in enumerate(rows.iterrows()):
         _, colour, marker = arm_style(arm)
         mean, error = 100 * row["mean"], 100 * np.abs(row[["ci_low", "ci_high"]].to_numpy(float)[:, None] - row["mean"])
-        ax.errorbar(mean, place, xerr=error, fmt=marker, color=colour, ms=9, elinewidth=2.5, mew=0)
+        ax.errorbar(mean, y, xerr=error, fmt=marker, color=colour, ms=9, elinewidth=2.5, mew=0)
         if not np.isfinite(mean): continue
-        ax.annotate(f"{mean:.1f}", (mean, place), (0, 7), textcoords="offset points", ha="center", color=colour)
+        ax.annotate(f"{mean:.1f}", (mean, y), (0, 7), textcoords="offset points", ha="center", color=colour)
     ax.set_yticks(range(len(rows)), [arm_style(arm)[0] for arm in rows.index])
     ax.set_ylim(len(rows) - .5, -.75)
     ax.margins(x=.15)
@@ -337,9 +337,9 @@ def cost_figure(
 
 # %% ../../nbs/54_evidence.figures.ipynb #53e620ac
 def effects_figure(
-    differences: pd.DataFrame,   # from `evaluate.effects`
-    against: str,          # the arm at zero
-) -> plt.Figure:           # a panel for each metric, a row for each arm, in points
+    differences: pd.DataFrame,  # from `evaluate.effects`
+    against: str,               # the arm at zero
+) -> plt.Figure:                # a panel for each metric, a row for each arm, in points
     "Paired differences of a study's arms from one of them; hollow: one seed."
     if differences.empty: return _absent("No two arms of this study have run with the same seed yet.")
     arms = list(dict.fromkeys(differences["arm"]))
@@ -348,11 +348,11 @@ def effects_figure(
         for ax, (metric, rows) in zip(axes, differences.groupby("metric", sort=False), strict=True):
             ax.axvline(0, color="#444444", lw=1.2)
             rows = rows.set_index("arm").reindex(arms)
-            for place, (arm, row) in enumerate(rows.iterrows()):
+            for y, (arm, row) in enumerate(rows.iterrows()):
                 effect, low, high = 100 * row[["effect", "ci_low", "ci_high"]].to_numpy(float)
                 colour = arm_style(arm)[1]
                 hollow = {"mfc": "white"} if not np.isfinite(low) else {"xerr": [[effect - low], [high - effect]]}
-                ax.errorbar(effect, place, fmt="o", color=colour, ms=8, elinewidth=2.2, **hollow)
+                ax.errorbar(effect, y, fmt="o", color=colour, ms=8, elinewidth=2.2, **hollow)
             ax.set_title(STUDY_METRICS.get(metric, metric))
             ax.set_xlabel(f"points from {arm_style(against)[0]}")
             ax.grid(axis="y", visible=False)

@@ -71,16 +71,16 @@ def _chain_block(sample, rows, order):
 def chains_block(
     samples: dict[str, list[dict]],  # arm -> sampled chains, as `samples_of` gives them
     order: str = "think_first",      # of the chain's steps, a key of ORDERS
-    most: int = 10,                  # pairs at most
+    max_pairs: int = 10,             # pairs at most
 ) -> Block:                          # all texts escaped
     "The same pairs judged by every arm, with right and wrong marked step by step."
     if not samples: return text_block("No chain has been sampled yet.")
     by_id = {arm: {s["id"]: s for s in chains} for arm, chains in samples.items()}
     blocks = []
-    for sample in next(iter(samples.values()))[:most]:
+    for sample in next(iter(samples.values()))[:max_pairs]:
         rows = [("truth", _chain_cells(sample["truth_text"], order, [None] * 5))]
-        rows += [(arm_style(arm)[0], _chain_cells(own[sample["id"]]["response"], order, own[sample["id"]]["steps"]))
-                 for arm, own in by_id.items() if sample["id"] in own]
+        rows += [(arm_style(arm)[0], _chain_cells(by_pair[sample["id"]]["response"], order, by_pair[sample["id"]]["steps"]))
+                 for arm, by_pair in by_id.items() if sample["id"] in by_pair]
         blocks.append(_chain_block(sample, rows, order))
     return join_blocks(blocks)
 
@@ -162,7 +162,7 @@ def sections(
 
 def contents(
     prose: Iterable[str],  # the cells of prose that follow
-    mime_type: str,             # "text/html" or "text/markdown": headings get other names on a page than on a repository's
+    mime_type: str,        # "text/html" or "text/markdown": headings get other names on a page than on a repository's
 ) -> str:                  # one line of Markdown
     "Links to the sections of a page."
     names = re.findall(r"^## (.+)$", "\n".join(prose), re.M)
@@ -173,7 +173,7 @@ def contents(
 # %% ../../nbs/58_evidence.page.ipynb #08a318ac
 def page_parts(
     notebook: str | Path,  # an executed notebook
-    mime_type: str,             # "text/html" or "text/markdown"
+    mime_type: str,        # "text/html" or "text/markdown"
 ) -> list[str]:            # its prose and outputs in that form, in order; code is left out
     "The prose and outputs of a notebook (ours)."
     parts, markdown, cells = [], mime_type == "text/markdown", sum(sections(notebook), [])

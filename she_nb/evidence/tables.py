@@ -121,11 +121,11 @@ def interval_note(
 ) -> str:                 # one sentence
     "The kind of the intervals and the number of seeds."
     if table.empty: return "There are no intervals yet."
-    least, most = int(table["seeds"].min()), int(table["seeds"].max())
+    fewest, most = int(table["seeds"].min()), int(table["seeds"].max())
     if most == 1: return "Intervals are 95 % bootstrap intervals over the pairs of one seed; seeds may differ more."
-    if least == most: return f"Intervals are 95 % t intervals over {most} seeds."
-    other = "; with one seed, bootstrap intervals over pairs" if least == 1 else ""
-    return f"Intervals are 95 % t intervals over {least} to {most} seeds{other}."
+    if fewest == most: return f"Intervals are 95 % t intervals over {most} seeds."
+    other = "; with one seed, bootstrap intervals over pairs" if fewest == 1 else ""
+    return f"Intervals are 95 % t intervals over {fewest} to {most} seeds{other}."
 
 # %% ../../nbs/56_evidence.tables.ipynb #10c42d94
 class Block:
@@ -181,8 +181,8 @@ def fold_block(
     summary: str,  # plain text: the line that stays
 ) -> Block:
     "A block behind a `<details>` summary."
-    line = f"<summary>{html.escape(summary)}</summary>"
-    return Block(f"<details>{line}{block.html}</details>", f"<details>{line}\n\n{block.markdown}\n\n</details>")
+    summary_line = f"<summary>{html.escape(summary)}</summary>"
+    return Block(f"<details>{summary_line}{block.html}</details>", f"<details>{summary_line}\n\n{block.markdown}\n\n</details>")
 
 # %% ../../nbs/56_evidence.tables.ipynb #70da38ef
 def figure_block(
@@ -226,7 +226,7 @@ def study_table(
 ) -> pd.DataFrame:           # a row for each arm that ran
     "The metrics of one study, in percent."
     study = table[table["arm"].isin(arms)]
-    texts, order = metrics_table(study, STUDY_METRICS), {arm_style(arm)[0]: place for place, arm in enumerate(arms)}
+    texts, order = metrics_table(study, STUDY_METRICS), {arm_style(arm)[0]: position for position, arm in enumerate(arms)}
     seeds = {arm_style(arm)[0]: seed_count for arm, seed_count in study.groupby("arm")["seeds"].max().items()}
     texts.insert(1, "Seeds", texts["Arm"].map(seeds))
     return texts.sort_values("Arm", key=lambda names: names.map(order), ignore_index=True)
@@ -240,10 +240,11 @@ def study_block(
 ) -> Block:                   # figure, table and a sentence for each difference
     "The results of one study."
     records = list(records)
-    runs = [own for arm in arms if (own := pick(records, "evaluate", arm))]
+    runs = [arm_runs for arm in arms if (arm_runs := pick(records, "evaluate", arm))]
     if not runs: return text_block("No arm of this study has run yet; `make ablations` runs them.")
-    shared = set.intersection(*({record["seed"] for record in own} for own in runs))
-    differences, results = effects(records, arms, against), summary(r for own in runs for r in own if r["seed"] in shared)
+    shared = set.intersection(*({record["seed"] for record in arm_runs} for arm_runs in runs))
+    differences = effects(records, arms, against)
+    results = summary(record for arm_runs in runs for record in arm_runs if record["seed"] in shared)
     caption = (f"**Paired differences from {arm_style(against)[0]}** over shared seeds on the balanced test, "
                "with 95 % t intervals; hollow: one seed.")
     picture = figure_block(effects_figure(differences, against), path, caption)
@@ -324,19 +325,20 @@ def aims_table(
     records, rows = list(records), []
     def aim(label, target, reached, missed, note=""):
         rows.append((label, target, reached, f"missed by {missed}" if missed else f"reached{note}"))
-    for (arm, rival, metric), least in AIMS.items():
+    for (arm, rival, metric), aimed in AIMS.items():
         for row in (row for row in effects(records, [arm], rival, [metric]).itertuples() if row.seeds > 1):
             note = "" if row.ci_low > 0 else ", but the interval holds 0"
-            aim(f"{arm_style(arm)[0]} over {arm_style(rival)[0]}, {metric_phrase(metric)}", f"{100 * least:.0f} points",
-                f"{100 * row.effect:.1f} points", row.effect < least and f"{100 * (least - row.effect):.1f} points", note)
+            aim(f"{arm_style(arm)[0]} over {arm_style(rival)[0]}, {metric_phrase(metric)}", f"{100 * aimed:.0f} points",
+                f"{100 * row.effect:.1f} points", row.effect < aimed and f"{100 * (aimed - row.effect):.1f} points", note)
     ours, theirs, difference = compare_rollouts(curves(records), "srpo", "grpo", "held_all_steps")
     if ours and difference.n > 1:  # a seed that never gets there counts as all of the rollouts, and is named
-        shares, own = list(ours.values()), np.mean(list(theirs.values()))
+        shares, rival_share = list(ours.values()), np.mean(list(theirs.values()))
         share, unreached = np.mean(np.nan_to_num(shares, nan=1.0)), int(np.isnan(shares).sum())
         failures = f", never reached in {unreached} of {len(ours)} seeds" if unreached else ""
         missed = f"{max(share - AIM_ROLLOUTS, 0):.0%}{failures}"
         note = "" if difference.high < 0 else ", but not surely sooner than GRPO itself"
-        aim("Rollouts to GRPO's final share of right chains", f"{AIM_ROLLOUTS:.0%}", f"{share:.0%} (GRPO itself {own:.0%})",
+        reached = f"{share:.0%} (GRPO itself {rival_share:.0%})"
+        aim("Rollouts to GRPO's final share of right chains", f"{AIM_ROLLOUTS:.0%}", reached,
             (unreached or share > AIM_ROLLOUTS) and missed, note)
     for record in (r for r in pick(records, "judge_test", "all") if rows and "kept/open_steps/accuracy" in r["metrics"]):
         accuracy = record["metrics"]["kept/open_steps/accuracy"]
@@ -371,9 +373,10 @@ def judge_block(
 ) -> Block:              # empty without a judge
     "The judge over all steps as a table; step by step, and by query type, folded."
     if rows.empty: return join_blocks([])
-    whole = rows["Step or query type"] == "all"
-    short = table_block(rows[whole].drop(columns="Step or query type"), f"Held-out pairs, all five steps. {cost}".strip())
-    return join_blocks([short, fold_block(table_block(rows[~whole]), f"Step by step, and by query type: {(~whole).sum()} rows")])
+    is_total = rows["Step or query type"] == "all"
+    totals = table_block(rows[is_total].drop(columns="Step or query type"), f"Held-out pairs, all five steps. {cost}".strip())
+    details = fold_block(table_block(rows[~is_total]), f"Step by step, and by query type: {(~is_total).sum()} rows")
+    return join_blocks([totals, details])
 
 def judge_cost(
     log: pd.DataFrame,   # curves

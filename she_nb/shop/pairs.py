@@ -85,7 +85,7 @@ def sample_synonym(
 def sample_wishes(
     product: Product,
     rng: random.Random,
-    max_wishes: int,       # upper bound
+    max_wishes: int,      # upper bound
     min_wishes: int = 0,  # lower bound, where the item states enough values
 ) -> list[Wish]:
     "Sample wishes that the product meets."
@@ -168,7 +168,7 @@ class Shelves:
 
     def candidate(
         self,
-        candidate_type: str,            # a key of CANDIDATES
+        candidate_type: str,  # a key of CANDIDATES
         product: Product,     # the query's seed item
         rng: random.Random,
     ) -> Product | None:      # None where this catalogue has no such candidate
@@ -384,7 +384,7 @@ def load_part(
 # %% ../../nbs/14_shop.pairs.ipynb #7d0bf912
 def response_limit(
     folder: str | Path,  # of the data stage, with lengths.json
-    max_tokens: int,           # upper bound from the settings
+    max_tokens: int,     # upper bound from the settings
     tokenizer,           # the policy's, which may need more tokens than the book's own
 ) -> int:                # no more than a little beyond the longest true chain of training
     "Maximum length of a response in tokens (ours)."
