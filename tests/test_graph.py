@@ -44,7 +44,8 @@ def test_a_failing_stage(desk):
     "Its sentence reaches the terminal; what did not depend on it is done. So it is for a catalogue in any script."
     write_stages(desk.folder / "stages", train="if arm == 'grpo': raise ZeroDivisionError('by nothing')")
     catalog = desk.folder / "商品.csv"
-    catalog.write_text("id,title,category\n1,红色靴子,Shoes > Boots\n2,Red boots,Shoes > Boots\n", encoding="utf-8")
+    rows = [f"{i},靴子 {i},Shoes > {('Boots', 'Trainers')[i % 2]}" for i in range(60)]
+    catalog.write_text("\n".join(["id,title,category", *rows]), encoding="utf-8")
     refused(desk.run(*BOOK, "--catalog", catalog), "Stage train failed in cell", code=1)
     assert {path.parts[-4] for path in stamps(desk)} == {"book-商品"}
     done = {path.parent.name for path in stamps(desk)}

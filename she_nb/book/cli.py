@@ -370,6 +370,9 @@ def main(
         return 0
     except KeyboardInterrupt: code, text = 130, "Interrupted; the same command goes on from here."
     except (BookError, StageError) as error: code, text = (2 if isinstance(error, BookError) else 1), str(error)
+    except BrokenPipeError:  # `she-nb settings | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error: code, text = 2, f"{error.filename or 'A file'}: {error.strerror or error}."
     print(f"she-nb: {text}", file=sys.stderr)
     return code

@@ -143,7 +143,7 @@ def device_name() -> str:  # "cpu, 2 threads", or the GPU's name where one is us
     return f"cpu, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
 
 
-def peak_rss_mb() -> float:  # MB; of this process or of its largest finished child
+def peak_rss_mb() -> float:  # MB; of this process or of its largest finished child; a fork counts what it shares
     "The largest resident memory so far (ours)."
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

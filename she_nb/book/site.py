@@ -233,7 +233,7 @@ STYLE = """table { font-size: .85rem; font-variant-numeric: tabular-nums; displa
 .wide caption { caption-side: bottom; }
 th { cursor: pointer; } th[aria-sort]::after { content: " \\2195"; }
 img, svg { max-width: 100%; height: auto; }
-:is(h1, h2, h3) code { overflow-wrap: anywhere; }
+:is(h1, h2, h3) :is(code, .pre) { overflow-wrap: anywhere; white-space: normal; }
 html[data-theme=dark] main img { filter: none; background: #fff; border-radius: 6px; padding: .3rem; }
 math[display=block] { margin: 1rem 0; overflow-x: auto; }
 header.bd-header { display: none !important; }

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['COMMON_CONFIG', 'PROGRESS_METRICS', 'METRIC_NAMES', 'Progress', 'EvaluationCallback', 'last_checkpoint',
-           'run_training', 'sft_dataset', 'train_sft', 'outcome_reward', 'rl_dataset', 'step_metrics',
-           'score_responses', 'step_advantages', 'token_advantages', 'credit_metrics', 'EpochSampler',
-           'PromptOrderTrainer', 'RefillTrainer', 'local_prefix_counts', 'StepRewardTrainer', 'StepGRPOTrainer',
-           'rl_config', 'train_rl', 'train_judge', 'curve_rows']
+           'run_training', 'sft_dataset', 'tokenize_completions', 'LengthGroupedSampler', 'pad_right', 'compact_head',
+           'CompactSFTTrainer', 'train_sft', 'outcome_reward', 'rl_dataset', 'step_metrics', 'score_responses',
+           'step_advantages', 'token_advantages', 'credit_metrics', 'EpochSampler', 'PromptOrderTrainer',
+           'RefillTrainer', 'local_prefix_counts', 'StepRewardTrainer', 'StepGRPOTrainer', 'rl_config', 'train_rl',
+           'train_judge', 'curve_rows']
 
 # %% ../../nbs/38_learning.trainers.ipynb #c002
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +27,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from .advantage import advantage, shared_prefix_counts, to_tokens
 from .judge import verdict_reward
 from .reward import Router, agreement, step_errors
 from .sampling import DifficultySampler
-from ..policy.packing import pack_chains
-from ..policy.rollout import takes_any_mask
 from ..policy.sharing import SharedPromptTrainer, only_temperature
 from she_nb.task import (
     ORDERS,
@@ -128,7 +130,71 @@ def sft_dataset(
     return Dataset.from_dict({"prompt": [prompt(pair.query, pair.item, rule) for pair in pairs],
                               "completion": [render(chain, order) for chain in chains]})
 
-# %% ../../nbs/38_learning.trainers.ipynb #c012
+# %% ../../nbs/38_learning.trainers.ipynb #03a89d3c
+def tokenize_completions(
+    dataset: Dataset,                    # columns prompt, completion
+    tokenizer: PreTrainedTokenizerBase,
+) -> Dataset:                            # columns input_ids, labels; -100 where no loss is counted
+    "Prompts with their completions and the end token, tokenized as TRL does, but all rows at once."
+    prompts, completions = list(dataset["prompt"]), list(dataset["completion"])
+    prompt_ids = tokenizer(prompts)["input_ids"]
+    joined = tokenizer([prompt + text for prompt, text in zip(prompts, completions, strict=True)])["input_ids"]
+    ids = [row + [tokenizer.eos_token_id] for row in joined]
+    labels = [[-100] * len(head) + row[len(head):] for head, row in zip(prompt_ids, ids, strict=True)]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+# %% ../../nbs/38_learning.trainers.ipynb #b09b5e52
+class LengthGroupedSampler(Sampler):
+    "Batches of rows of like length, in random order (ours)."
+    def __init__(
+        self,
+        lengths: list[int],   # tokens of each row
+        batch_size: int,      # rows
+        batches: int,         # how many
+        seed: int,
+        window: int = 50,     # batches whose rows are sorted together
+    ):
+        rng, rows, self.rows = random.Random(seed), [], []
+        while len(rows) < batch_size * batches: rows += rng.sample(range(len(lengths)), len(lengths))
+        rows = rows[:batch_size * batches]
+        for start in range(0, len(rows), window * batch_size):
+            part = sorted(rows[start:start + window * batch_size], key=lengths.__getitem__)
+            grouped = [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+            rng.shuffle(grouped)
+            self.rows += [row for batch in grouped for row in batch]
+
+    def __len__(self) -> int: return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]: return iter(self.rows)
+
+def pad_right(
+    examples: list[dict],   # each with input_ids and labels
+    pad_id: int = 0,
+) -> dict[str, Tensor]:     # input_ids, position_ids and labels, each (rows, tokens of the longest)
+    "A data collator for causal models, without a mask."
+    ids, labels = (pad_sequence([torch.tensor(each[name]) for each in examples], True, filler)
+                   for name, filler in (("input_ids", pad_id), ("labels", -100)))
+    return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids), "labels": labels}
+
+# %% ../../nbs/38_learning.trainers.ipynb #a0752e84
+@contextmanager
+def compact_head():
+    "TRL's fused head at labelled positions alone, on any device."
+    uses_triton, trl_utils._use_triton = trl_utils._use_triton, lambda device: True
+    try: yield
+    finally: trl_utils._use_triton = uses_triton
+
+class CompactSFTTrainer(SFTTrainer):
+    "TRL's SFTTrainer on batches of like length, with a compact head (ours; the loss is TRL's)."
+    def _get_train_sampler(self, dataset=None):
+        args, lengths = self.args, [len(ids) for ids in self.train_dataset["input_ids"]]
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedSampler(lengths, batch, args.max_steps, args.seed)
+
+    def compute_loss(self, *args, **kwargs):
+        with compact_head(): return super().compute_loss(*args, **kwargs)
+
+# %% ../../nbs/38_learning.trainers.ipynb #b2b2d3ee
 def train_sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,15 +204,14 @@ def train_sft(
     batch: int = 64,      # pairs a step (ours)
     lr: float = 2e-3,     # peak, after warm-up, then cosine to zero (ours; for about a million parameters)
     seed: int = 0,
-    packed: bool = True,  # chains of a batch share rows, where the model allows
 ) -> list[dict]:          # one row for each step: step, loss, learning_rate, ...
     "Supervised fine-tuning with TRL's SFTTrainer."
     config = SFTConfig(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr,
                        warmup_steps=max(steps // 20, 1), lr_scheduler_type="cosine", weight_decay=0.01, seed=seed,
-                       completion_only_loss=True, max_length=None, save_steps=max(steps // 4, 1), **COMMON_CONFIG)
-    collator = partial(pack_chains, pad_id=tokenizer.pad_token_id) if packed and takes_any_mask(model) else None
-    trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, data_collator=collator,
-                         callbacks=[Progress(("loss", "mean_token_accuracy"))])
+                       max_length=None, save_steps=max(steps // 4, 1), **COMMON_CONFIG)
+    trainer = CompactSFTTrainer(
+        model, args=config, train_dataset=tokenize_completions(dataset, tokenizer), processing_class=tokenizer,
+        data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id), callbacks=[Progress(("loss", "mean_token_accuracy"))])
     return run_training(trainer, out)
 
 # %% ../../nbs/38_learning.trainers.ipynb #c015
