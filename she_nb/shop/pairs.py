@@ -47,7 +47,7 @@ def category_name(
 # %% ../../nbs/14_shop.pairs.ipynb #c015
 def item_value(
     wish: Wish,
-    values: dict[str, tuple[str, ...]],  # from `stated`
+    values: dict[str, tuple[str, ...]],  # from `stated_values`
     band: str | None,                    # the item's price band
 ) -> str:                                # the item's value for the wish, or "unknown"
     "The target of step 2 for one wish: of several values the wished one, else the first."
