@@ -6,7 +6,8 @@ import torch
 from transformers import set_seed
 from trl import GRPOConfig
 
-from she_nb.learning.trainers import StepGRPOTrainer, rl_config, rl_dataset, sft_dataset, train_sft
+from she_nb.learning.sft import sft_dataset, train_sft
+from she_nb.learning.trainers import StepGRPOTrainer, rl_config, rl_dataset
 from she_nb.policy.models import corpus, new_model, train_tokenizer
 from she_nb.policy.sharing import as_rows
 from she_nb.task import Pair, StepTruth, Wish, render, tier_of

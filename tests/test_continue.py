@@ -8,7 +8,8 @@ from small import CHAINS, PAIRS, copy_of, moved, rows, settings, trainer, weight
 from transformers import TrainerCallback
 
 from she_nb.learning.ppo import PPOTrainer
-from she_nb.learning.trainers import Progress, StepGRPOTrainer, run_training, sft_dataset, train_rl, train_sft
+from she_nb.learning.sft import Progress, run_training, sft_dataset, train_sft
+from she_nb.learning.trainers import StepGRPOTrainer, train_rl
 from she_nb.policy.models import new_model
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from .trainers import COMMON_CONFIG, Progress, run_training
+from .sft import COMMON_CONFIG, Progress, run_training
 from ..task import Pair, StepTruth, prompt, render
 from ..verifier import step_rewards
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ..evidence.credit import disagrees, read_groups
+from ..evidence.evaluate import pick, read_records
 from ..evidence.figures import arm_style
 from ..learning.advantage import CREDIT, advantage, shared_prefix_counts
 from ..task import ORDERS, STEPS, BookError
@@ -25,14 +27,12 @@ def recorded_groups(
     arms: tuple[str, ...] = ("sft", "srpo"),    # whose responses
     max_groups: int = 2,                        # prompts of an arm at most
 ) -> dict[str, dict]:                           # "SFT: what wireless and red thing" -> a group
-    "The groups that evaluations recorded, one for each prompt of an arm."
-    groups = {}
+    "The groups that evaluations recorded, one for each prompt of an arm; those whose responses disagree come first."
+    groups, records = {}, read_records(reports)
     for arm in arms:
+        sampled = [group for record in pick(records, "evaluate", arm) for group in read_groups(record)]
         by_prompt = {}
-        for file in sorted(Path(reports).glob(f"runs/evaluate-{arm}-s*/group*.json")):
-            recorded = json.loads(file.read_text())
-            recorded = recorded.get("groups", [recorded]) if isinstance(recorded, dict) else recorded
-            for group in recorded: by_prompt.setdefault(group["prompt"], group)
+        for group in sorted(sampled, key=disagrees, reverse=True): by_prompt.setdefault(group["prompt"], group)
         label = arm_style(arm)[0]
         for prompt, group in list(by_prompt.items())[:max_groups]:
             groups[f"{label}: {prompt_field(prompt, 'query')}"] = group
