@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS', 'TIERS', 'RELATIONS', 'VERDICTS', 'QUERY_TYPES', 'CREDIT_RULES', 'ORDERS', 'RULES', 'ESCAPES', 'TAGS',
            'TAG_PATTERN', 'BYTE_TOKEN', 'BookError', 'root', 'atomic_write', 'Wish', 'StepTruth', 'tier_of', 'Pair',
-           'prompt', 'step_texts', 'render', 'Parsed', 'parse', 'read_wish', 'read_named', 'read_step', 'step_value',
-           'byte_decoder', 'token_bytes', 'response_text', 'step_ids']
+           'prompt', 'step_texts', 'render', 'Parsed', 'parse', 'read_wish', 'read_name_values', 'read_step',
+           'step_value', 'byte_decoder', 'token_bytes', 'response_text', 'step_ids']
 
 # %% ../nbs/00_task.ipynb #c002
 import os
@@ -30,19 +30,19 @@ ORDERS = {"think_first": (0, 1, 2, 3, 4), "answer_first": (4, 0, 1, 2, 3), "labe
 
 # %% ../nbs/00_task.ipynb #c008
 class BookError(ValueError):
-    "A user's mistake, told in one sentence that names the file, row or field and the mend."
+    "An error in the user's input; its message is one sentence that names the file, row or field and the fix."
 
 # %% ../nbs/00_task.ipynb #2bcfc954
 def root() -> Path:  # the folder with settings.ini, data/ and nbs/
     "The book's folder: beside the package, else the nearest one above the working directory (ours)."
-    beside = [Path(__file__).parent.parent] if "__file__" in globals() else []
-    for folder in (*beside, Path.cwd(), *Path.cwd().parents):
+    package_root = [Path(__file__).parent.parent] if "__file__" in globals() else []
+    for folder in (*package_root, Path.cwd(), *Path.cwd().parents):
         if (folder / "settings.ini").is_file(): return folder.resolve()
     raise BookError("No settings.ini here or above; run she-nb inside the book's folder.")
 
 # %% ../nbs/00_task.ipynb #c010
 def atomic_write(
-    path: str | Path,   # where the file will stand; its folder is made
+    path: str | Path,   # target file; its folder is created
     data: str | bytes,  # the whole content; text is written as UTF-8
 ) -> Path:              # the path
     "Write a file that is either absent or complete; a full disk raises `BookError` and leaves nothing (ours)."
@@ -65,9 +65,9 @@ def atomic_write(
 # %% ../nbs/00_task.ipynb #c013
 @dataclass(frozen=True)
 class Wish:
-    "One thing asked for: an attribute's name, its value, and how the two relate."
+    "One constraint of a query: an attribute's name, its value, and the operator between them."
     name: str        # attribute, "brand" or "price"
-    value: str       # value in the catalogue's words
+    value: str       # value as the catalogue spells it
     op: str = "is"   # "is", "not", or "below" (prices only)
 
     def __str__(self): return " ".join(part for part in (self.name, "" if self.op == "is" else self.op, self.value) if part)
@@ -75,7 +75,7 @@ class Wish:
 # %% ../nbs/00_task.ipynb #c016
 @dataclass(frozen=True)
 class StepTruth:
-    "What each step should say; a field that is `None` is not known and is never rewarded or punished."
+    "The target of each step; a field that is `None` is unknown and is neither rewarded nor punished."
     query_category: str | None = None            # step 1: the category asked for, department first
     wishes: tuple[Wish, ...] | None = None       # step 1: everything else asked for
     item_category: str | None = None             # step 2: the item's category, likewise
@@ -106,14 +106,14 @@ def tier_of(
 # %% ../nbs/00_task.ipynb #c021
 @dataclass(frozen=True)
 class Pair:
-    "A query, an item, and what is known to be true of them."
+    "A query, an item, and the target of each step."
     id: str           # unique in its data set
-    query: str        # the shopper's words
+    query: str        # text of the query
     item: str         # the text that the model is shown
     query_type: str   # one of QUERY_TYPES
-    candidate: str    # how the item was found: seed, other_values, sibling, accessory, random
+    candidate: str    # how the item was sampled: seed, other_values, sibling, accessory, random
     item_id: str      # the item's id in its catalogue
-    truth: StepTruth  # what each step should say
+    truth: StepTruth  # target of each step
 
     def to_dict(self) -> dict: return asdict(self)
 
@@ -135,11 +135,11 @@ ESCAPES = str.maketrans({"<": "‹", ">": "›"})
 
 # %% ../nbs/00_task.ipynb #c024
 def prompt(
-    query: str,          # the shopper's words
+    query: str,          # text of the query
     item: str,           # the item's text
     rule: str = "full",  # a key of RULES
 ) -> str:                # ends where the response begins
-    "The question put to the model; tags inside the query or the item are defused (ours)."
+    "The prompt; tags inside the query or the item are escaped (ours)."
     query, item = (" ".join(text.translate(ESCAPES).split()) for text in (query, item))
     return f"{RULES[rule]}\nquery: {query}\nitem: {item}\n"
 
@@ -147,9 +147,9 @@ def prompt(
 TAGS = tuple(f"<{step}>" for step in STEPS)
 
 def step_texts(
-    steps: StepTruth,  # what to say; every field of a step must be known
+    steps: StepTruth,  # content of the steps; no field may be None
 ) -> tuple[str, ...]:  # the five steps' texts without tags, in canonical order
-    "The words of each step; the third names what it compares before it says how they relate."
+    "The text of each step; the third names both categories, then their relation."
     compared = [path.rpartition(", ")[2] for path in (steps.query_category, steps.item_category)]
     return (" ; ".join([steps.query_category, *map(str, steps.wishes)]),
             " ; ".join([steps.item_category, *(f"{name} {value}" for name, value in steps.values.items())]),
@@ -158,7 +158,7 @@ def step_texts(
             str(steps.tier))
 
 def render(
-    steps: StepTruth,            # what the chain says
+    steps: StepTruth,            # content of the steps
     order: str = "think_first",  # a key of ORDERS
 ) -> str:                        # the response, tags included
     "The tagged chain in one of the three output orders (five steps: paper; tags and orders: ours)."
@@ -170,69 +170,69 @@ TAG_PATTERN = re.compile("|".join(map(re.escape, TAGS)))
 
 @dataclass(frozen=True)
 class Parsed:
-    "What a response says, and where."
-    texts: dict[int, str] = field(default_factory=dict)               # step -> its words, stripped; well-formed steps only
+    "The steps of a response and their positions."
+    texts: dict[int, str] = field(default_factory=dict)               # step -> its text, stripped; well-formed steps only
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)   # step -> characters [start, end), tag included
-    malformed: tuple[str, ...] = ()                                   # what is wrong, in reading order; empty when all is well
+    malformed: tuple[str, ...] = ()                                   # format errors, in reading order; empty if well-formed
 
 # %% ../nbs/00_task.ipynb #c032
 def parse(
-    text: str,                   # any text at all
-    order: str = "think_first",  # the order that was asked for
+    text: str,                   # any text
+    order: str = "think_first",  # the order of the prompt, a key of ORDERS
 ) -> Parsed:
-    "Cut a response into its steps; total and linear, it never raises (ours)."
+    "Split a response into its steps, in linear time; never raises (ours)."
     steps = ORDERS[order]
-    opened, starts, bad, wrong = [], [], set(), []
-    for found in TAG_PATTERN.finditer(text):
-        step = TAGS.index(found[0])
+    opened, starts, malformed, problems = [], [], set(), []
+    for tag_match in TAG_PATTERN.finditer(text):
+        step = TAGS.index(tag_match[0])
         if step not in steps or (opened and steps.index(step) <= steps.index(opened[-1])):
-            bad.add(step)
-            wrong.append(f"{found[0]} repeated or out of order")
+            malformed.add(step)
+            problems.append(f"{tag_match[0]} repeated or out of order")
         else:
-            if not opened and text[:found.start()].strip(): wrong.insert(0, "text before the first tag")
+            if not opened and text[:tag_match.start()].strip(): problems.insert(0, "text before the first tag")
             opened.append(step)
-            starts.append(found.start())
-    wrong += [f"{TAGS[step]} missing" for step in steps if step not in opened]
+            starts.append(tag_match.start())
+    problems += [f"{TAGS[step]} missing" for step in steps if step not in opened]
     ends = [*starts[1:], len(text)][:len(starts)]
     spans = {step: (start, end) for step, start, end in zip(opened, starts, ends, strict=True)}
-    texts = {step: text[start + len(TAGS[step]):end].strip() for step, (start, end) in spans.items() if step not in bad}
-    return Parsed(texts, spans, tuple(wrong))
+    texts = {step: text[start + len(TAGS[step]):end].strip() for step, (start, end) in spans.items() if step not in malformed}
+    return Parsed(texts, spans, tuple(problems))
 
 # %% ../nbs/00_task.ipynb #c038
 def read_wish(
     part: str,  # such as "color red", "material not leather", "price below premium"
 ) -> Wish | None:
-    "One wish from its words, or `None`; a name is one word, a value any number."
+    "Parse one wish, or `None`; a name is one word, a value one or more."
     name, _, rest = part.partition(" ")
     op, _, value = rest.partition(" ")
     if op in ("not", "below") and value: return Wish(name, value, op)
     return Wish(name, rest) if rest else None
 
-def read_named(
+def read_name_values(
     parts: list[str],  # such as ["color match", "size unknown"]
 ) -> dict[str, str] | None:
-    "Names with their values, or `None` where one is missing or said twice."
+    "Values by name, or `None` where a value is missing or a name repeated."
     pairs = [part.partition(" ")[::2] for part in parts]
-    named = dict(pairs)
-    return named if len(named) == len(pairs) and all(named.values()) else None
+    values_by_name = dict(pairs)
+    return values_by_name if len(values_by_name) == len(pairs) and all(values_by_name.values()) else None
 
 # %% ../nbs/00_task.ipynb #c039
 def read_step(
     step: int,  # 0 to 4
-    text: str,  # the step's words, without its tag
-):              # values comparable with the same step of a `StepTruth`, or None where the words can't be read
-    "The values that a step states (ours)."
+    text: str,  # the step's text, without its tag
+):              # values as `step_value` returns them, or None where the text can't be parsed
+    "Parse the values of a step (ours)."
     parts = [part.strip() for part in text.split(";")]
     if step == 0:
         wishes = [read_wish(part) for part in parts[1:]]
-        said_twice = len(set(wishes)) < len(wishes)
-        return None if None in wishes or said_twice or not parts[0] else (parts[0], frozenset(wishes))
+        duplicated = len(set(wishes)) < len(wishes)
+        return None if None in wishes or duplicated or not parts[0] else (parts[0], frozenset(wishes))
     if step == 1:
-        values = read_named(parts[1:])
+        values = read_name_values(parts[1:])
         return None if values is None or not parts[0] else (parts[0], values)
     if step == 2: return next((word for word in text.split()[-1:] if word in RELATIONS), None)
     if step == 3:
-        verdicts = {} if text == "none" else read_named(parts)
+        verdicts = {} if text == "none" else read_name_values(parts)
         return verdicts if verdicts is not None and set(verdicts.values()) <= set(VERDICTS) else None
     return int(text) if text in ("1", "2", "3", "4") else None
 
@@ -240,7 +240,7 @@ def read_step(
 def step_value(
     truth: StepTruth,
     step: int,  # 0 to 4
-):              # what `read_step` would return for a right answer, or None where truth is missing
+):              # what `read_step` returns for a correct step, or None where the truth is unknown
     "The true values of one step."
     if step == 0: return None if truth.query_category is None or truth.wishes is None else (
         truth.query_category, frozenset(truth.wishes))
@@ -260,33 +260,34 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def token_bytes(
     tokenizer,       # a fast transformers tokenizer
 ) -> list[bytes]:    # for every id, the bytes that it adds to the text; none for special tokens
-    "What every id of a vocabulary writes (ours); another family of tokenizer raises `BookError`."
+    "The bytes of every id of a vocabulary (ours); another family of tokenizer raises `BookError`."
     decoder = str(tokenizer.backend_tokenizer.decoder)
     pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     if "ByteLevel" in decoder:
         table = byte_decoder()
-        written = [bytes(table[char] for char in piece if char in table) for piece in pieces]
+        bytes_by_id = [bytes(table[char] for char in piece if char in table) for piece in pieces]
     elif "ByteFallback" in decoder:
-        written = [bytes([int(found[1], 16)]) if (found := BYTE_TOKEN.fullmatch(piece)) else piece.replace("▁", " ").encode()
-                   for piece in pieces]
+        matches = map(BYTE_TOKEN.fullmatch, pieces)
+        bytes_by_id = [bytes([int(match[1], 16)]) if match else piece.replace("▁", " ").encode()
+                       for piece, match in zip(pieces, matches, strict=True)]
     else: raise BookError("This tokenizer does not keep bytes (WordPiece?); take a byte-level or byte-fallback one.")
-    for i, token in tokenizer.added_tokens_decoder.items(): written[i] = b"" if token.special else token.content.encode()
-    return written
+    for i, token in tokenizer.added_tokens_decoder.items(): bytes_by_id[i] = b"" if token.special else token.content.encode()
+    return bytes_by_id
 
 # %% ../nbs/00_task.ipynb #c055
 def response_text(
     ids: list[int],        # sampled token ids of one response
     table: list[bytes],    # from `token_bytes`
 ) -> str:                  # invalid UTF-8 shows as U+FFFD
-    "The text that was sampled."
+    "Decode sampled ids."
     return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
 
 def step_ids(
     ids: list[int],              # sampled token ids of one response, end token included or not
     table: list[bytes],          # from `token_bytes`
     order: str = "think_first",  # a key of ORDERS
-) -> list[int]:                  # for every token, the position in `order` of the step that it helped to write
-    "Who wrote what, exactly; tokens before the first tag count to the first step, the end token to the last one opened (ours)."
+) -> list[int]:                  # for every token, the position in `order` of its step
+    "Assign each token to a step; those before the first tag go to the first step, the end token to the last one opened (ours)."
     pieces = [table[i] for i in ids]
     spans = parse(b"".join(pieces).decode("latin-1"), order).spans
     starts = [start for start, _ in spans.values()]

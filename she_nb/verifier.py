@@ -16,7 +16,7 @@ def step_score(
     truth: StepTruth,
     step: int,         # 0 to 4
 ) -> float:            # 1.0 right, 0.0 wrong, missing or malformed, NaN where truth is not known
-    "Compare what a step says with what is true, as values and not as spellings (ours)."
+    "Compare the values of a step with the truth (ours)."
     value = step_value(truth, step)
     if value is None: return nan
     return float(step in parsed.texts and read_step(step, parsed.texts[step]) == value)
@@ -33,7 +33,7 @@ def oracle(
     parsed: Parsed,
     truth: StepTruth,
 ) -> list[float]:  # scores of steps 1 and 2
-    "A judge that knows the truth; it marks the best that a trained judge could do (ours)."
+    "A judge that knows the truth: the upper bound for a trained judge (ours)."
     return [step_score(parsed, truth, step) for step in (0, 1)]
 
 # %% ../nbs/05_verifier.ipynb #c011
@@ -41,8 +41,8 @@ def score(
     parsed: Parsed,
     truth: StepTruth,
     order: str = "think_first",  # a key of ORDERS
-) -> list[float]:                # five scores in canonical order; NaN for steps that are not asked for or not known
-    "The row of rewards that advantages are made of."
+) -> list[float]:                # five scores in canonical order; NaN for steps outside `order` or with unknown truth
+    "The step rewards from which advantages are computed."
     scores = oracle(parsed, truth) + verify(parsed, truth)
     return [score if step in ORDERS[order] else nan for step, score in enumerate(scores)]
 
@@ -61,7 +61,7 @@ def prediction(
     test: str,                   # name of the test set
     order: str = "think_first",  # a key of ORDERS
 ) -> dict:                       # set, id, query_type, candidate, tier_true, tier_pred (0 = none), well_formed, step_1 to step_5
-    "What a response says of a pair, and what of it is right."
+    "One row of a table of predictions: the tier of a response, and which of its steps are right."
     parsed = parse(text, order)
     tier = read_step(4, parsed.texts.get(4, "")) or 0
     steps = {f"step_{step + 1}": value for step, value in enumerate(score(parsed, pair.truth, order))}

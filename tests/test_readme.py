@@ -44,7 +44,7 @@ def test_the_two_commands_are_shown(): assert {"make book", "make test"} <= set(
 def values(words):
     "The pairs of name and value behind each -p, numbers as numbers."
     pairs = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "-p"]
-    number = lambda text: int(text) if text.isdigit() else float(text)  # noqa: E731
+    def number(text): return int(text) if text.isdigit() else float(text)
     return {name: number(value) if re.fullmatch(r"[\d.]+(e-?\d+)?", value) else value for name, value in pairs}
 
 

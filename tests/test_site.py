@@ -72,11 +72,11 @@ def shown(page):
 
 def expected(source, rule, gamma):
     "What the library gives to the first recorded group; answers that say the same once."
-    from she_nb.serving.live import given, recorded_groups, shares, truths_of
+    from she_nb.serving.live import prefix_counts, recorded_groups, step_advantages, step_labels
     group = next(iter(recorded_groups(ROOT / "reports/tiny").values()))
     texts = ["".join(said["tokens"]) for said in group["responses"]]
     rows = [texts.index(text) for text in dict.fromkeys(texts)]
-    made, divisors, found = given(truths_of(group), source, rule, gamma), shares(group), []
+    made, divisors, found = step_advantages(step_labels(group), source, rule, gamma), prefix_counts(group), []
     for row in rows:
         said, by = group["responses"][row], divisors[row] if rule == "lambda_grpo" else [1] * 999
         found.append([[made[row, step].item() / by[k] for k, at in enumerate(said["step_ids"])
@@ -88,7 +88,7 @@ def expected(source, rule, gamma):
     (0, "srpo_return", 1.0), (0, "grpo", 1.0), (0, "srpo_return", 0.5), (1, "srpo_step", 0.0), (2, "srpo_return", 1.0),
     (0, "lambda_grpo", 1.0), (1, "minimum", 1.0)])
 def test_the_live_picture_shows_what_the_library_says(visit, source, rule, gamma):
-    from she_nb.serving.live import GAMMAS, PAYS, PILLS
+    from she_nb.serving.live import GAMMAS, PILLS, REWARD_SOURCES
     page = visit("index")
     if rule in PILLS: page.locator(f".live .pill input[value={rule}]").check(force=True)
     else: page.locator(".live .rest").select_option(rule)
@@ -96,7 +96,7 @@ def test_the_live_picture_shows_what_the_library_says(visit, source, rule, gamma
     move = "(one, at) => { one.value = at; one.dispatchEvent(new Event('input')); }"
     page.locator(".live .gamma").evaluate(move, GAMMAS.index(gamma))
     page.wait_for_timeout(400)      # the colours fade over
-    found, told = shown(page), expected(list(PAYS)[source], rule, gamma)
+    found, told = shown(page), expected(list(REWARD_SOURCES)[source], rule, gamma)
     assert len(found) == len(told)
     for row, wanted in zip(found, told, strict=True):
         for step, values in zip(row, wanted, strict=True):

@@ -59,8 +59,7 @@ class Router:
     ) -> Tensor:               # rewards, (responses, 5), in [0, 1], NaN where no source has a reward
         "Reward every step; a missing or malformed step gets 0."
         rewards = truths.clone()
-        for step, source in enumerate(self.sources):
-            if source == "none": rewards[:, step] = math.nan
+        rewards[:, [source == "none" for source in self.sources]] = math.nan
         places = self.judge_mask(truths).nonzero().tolist()
         claimed = [(row, step) for row, step in places if step in parsed[row].texts]
         for row, step in places: rewards[row, step] = 0.0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SELECTIONS', 'CURRICULA', 'survivors', 'stratified_sample', 'two_stage_curriculum', 'select_prompts', 'PassRates',
-           'DifficultySampler', 'selected_pairs']
+           'RepeatedBatches', 'DifficultySampler', 'selected_pairs']
 
 # %% ../../nbs/36_learning.sampling.ipynb #c002
 import json
@@ -114,8 +114,31 @@ class PassRates:
         self.attempts = self.attempts * factor + new_attempts
         self.correct = (self.correct * factor).index_add_(0, rows, correct.float())
 
+# %% ../../nbs/36_learning.sampling.ipynb #4d3dc11c
+class RepeatedBatches(Sampler):
+    "Batches of prompts in GRPO's order: each prompt `group` times in a row, the batch `repeat` times (ours)."
+    def __init__(
+        self,
+        size: int,    # prompts
+        batch: int,   # different prompts in a batch
+        group: int,   # responses for each prompt, in a row
+        repeat: int,  # times that the batch is repeated
+        epoch: Callable[[], int],  # which pass over the data begins
+    ):
+        self.size, self.batch, self.group, self.repeat, self.epoch = size, batch, group, repeat, epoch
+
+    def sample_batch(self, number: int) -> list[int]: raise NotImplementedError
+
+    def __len__(self) -> int: return self.size // self.batch * self.batch * self.group * self.repeat
+
+    def __iter__(self) -> Iterator[int]:
+        batches = self.size // self.batch
+        for number in range(self.epoch() * batches, (self.epoch() + 1) * batches):
+            rows = self.sample_batch(number)
+            yield from (row for _ in range(self.repeat) for row in rows for _ in range(self.group))
+
 # %% ../../nbs/36_learning.sampling.ipynb #4d3dc11d
-class DifficultySampler(Sampler):
+class DifficultySampler(RepeatedBatches):
     "Prompts drawn by their pass rate so far (dynamic difficulty sampling, paper; the weights: ours)."
     def __init__(
         self,
@@ -127,10 +150,8 @@ class DifficultySampler(Sampler):
         epoch: Callable[[], int],  # which pass over the data begins
     ):
         if size < batch: raise BookError(f"dynamic sampling has {size} prompts and a step asks {batch}; ask about more pairs.")
-        self.size, self.batch, self.group, self.repeat, self.seed, self.epoch = size, batch, group, repeat, seed, epoch
-        self.rates, self.batches = PassRates(size), {}
-
-    def __len__(self) -> int: return self.size // self.batch * self.batch * self.group * self.repeat
+        super().__init__(size, batch, group, repeat, epoch)
+        self.seed, self.rates, self.batches = seed, PassRates(size), {}
 
     def sample_batch(self, number: int) -> list[int]:
         "The prompts of a batch; they stay the same when a run continues."
@@ -147,12 +168,6 @@ class DifficultySampler(Sampler):
         rng = torch.Generator().manual_seed(crc32(f"{self.seed} {number} {turn}".encode()))
         count = min(count, int((weights > 0).sum()))
         return torch.multinomial(weights, count, generator=rng).tolist() if count else []
-
-    def __iter__(self) -> Iterator[int]:
-        batches = self.size // self.batch
-        for number in range(self.epoch() * batches, (self.epoch() + 1) * batches):
-            rows = self.sample_batch(number)
-            yield from (row for _ in range(self.repeat) for row in rows for _ in range(self.group))
 
     def state_dict(self) -> dict:                                                                 # JSON-like
         return {"right": self.rates.correct.tolist(), "asked": self.rates.attempts.tolist(), "drawn": list(self.batches.items())}
