@@ -304,7 +304,7 @@ def generate(
     group: int = 1,            # responses for each prompt
     temperature: float = 0.0,  # 0 is greedy
     max_new_tokens: int = 64,
-    batch: int = 250,          # responses at a time
+    batch: int = 500,          # responses at a time
     seed: int = 0,             # of the sampling
     shared: bool = True,       # read each prompt once for its group, where the model allows
 ) -> list[list[list[int]]]:    # ids, by prompt and response
