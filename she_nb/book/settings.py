@@ -86,7 +86,7 @@ class Settings(WarmSettings):
     study_seeds: tuple[int, ...]  # seeds of their arms, among the ablations'
     questions: tuple[str, ...]  # likewise, for what the paper leaves open
     question_seeds: tuple[int, ...]  # seeds of their arms
-    eval_batch: int  # prompts decoded at once in evaluation
+    eval_batch: int  # responses sampled at once
     selection: str  # of RL's prompts: random, rejection, steps or diversified
     curriculum: str  # single, easy_to_hard, hard_to_easy or shuffled
     start: str  # what RL begins with: sft or dpo

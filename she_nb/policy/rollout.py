@@ -227,12 +227,11 @@ def decode(
     temperature: float,            # 0 is greedy
 ) -> tuple[Tensor, Tensor, Tensor]:  # ids and log-probabilities, shaped like `uniforms`, and lengths of the responses
     "Sample all responses behind what was read."
-    (count, most), device, eos = uniforms.shape, model.device, torch.tensor(list(eos_token_ids), device=model.device)
-    start = mask.shape[1] - most
-    mask = None if bool(mask.all()) else additive(mask[:, None, None], model.dtype)
+    most, device, eos = uniforms.shape[1], model.device, torch.tensor(list(eos_token_ids), device=model.device)
+    start, mask = mask.shape[1] - most, None if bool(mask.all()) else additive(mask[:, None, None], model.dtype)
     responses, logps = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
-    active, response_lengths = torch.arange(count, device=device), torch.zeros(count, dtype=torch.long, device=device)
-    unfinished = torch.ones_like(active, dtype=torch.bool)
+    active, unfinished = torch.arange(len(uniforms), device=device), torch.ones(len(uniforms), dtype=torch.bool, device=device)
+    response_lengths = torch.zeros_like(active)
     for t in range(most):
         tokens, token_logps = sample_tokens(logits, uniforms[active, t], temperature)
         responses[active, t], logps[active, t] = tokens, token_logps
@@ -242,11 +241,11 @@ def decode(
         if not remaining or t + 1 == most: break
         if remaining <= COMPACTION_THRESHOLD * len(active):
             cache.keep(unfinished)
-            mask = None if mask is None else mask[unfinished]
-            active, tokens, lengths, unfinished = (x[unfinished] for x in (active, tokens, lengths, unfinished))
-        seen = None if mask is None else mask[..., :start + t + 1]
-        logits = model(input_ids=tokens[:, None], attention_mask=seen, position_ids=(lengths + t)[:, None], past_key_values=cache,
-                       sharing=cache, use_cache=True, **without_router_logits(model)).logits[:, -1]
+            active, tokens, lengths, mask, unfinished = (
+                None if x is None else x[unfinished] for x in (active, tokens, lengths, mask, unfinished))
+        logits = model(input_ids=tokens[:, None], attention_mask=None if mask is None else mask[..., :start + t + 1],
+                       position_ids=(lengths + t)[:, None], past_key_values=cache, sharing=cache, use_cache=True,
+                       **without_router_logits(model)).logits[:, -1]
     return responses, logps, response_lengths
 
 # %% ../../nbs/22_policy.rollout.ipynb #c018
@@ -317,7 +316,7 @@ def generate(
     group: int = 1,            # responses for each prompt
     temperature: float = 0.0,  # 0 is greedy
     max_new_tokens: int = 64,
-    batch: int = 250,          # responses at a time
+    batch: int = 500,          # responses at a time
     seed: int = 0,             # of the sampling
     shared: bool = True,       # read each prompt once for its group, where the model allows
 ) -> list[list[list[int]]]:    # ids, by prompt and response
