@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/00_task.ipynb #c006
@@ -84,7 +84,8 @@ class StepTruth:
     attributes: dict[str, str] | None = None     # step 4: wished name -> one of VERDICTS
     tier: int | None = None                      # step 5: 4 to 1
 
-    def to_dict(self) -> dict: return asdict(self)
+    def to_dict(self) -> dict:
+        return vars(self) | {"wishes": None if self.wishes is None else [vars(wish) for wish in self.wishes]}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "StepTruth":
@@ -115,7 +116,7 @@ class Pair:
     item_id: str      # the item's id in its catalogue
     truth: StepTruth  # target of each step
 
-    def to_dict(self) -> dict: return asdict(self)
+    def to_dict(self) -> dict: return vars(self) | {"truth": self.truth.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Pair": return cls(**{**fields, "truth": StepTruth.from_dict(fields["truth"])})

@@ -16,13 +16,16 @@ import random
 import re
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 from .catalog import BANDS, Catalog, Product
 from ..task import QUERY_TYPES, BookError, Pair, StepTruth, Wish, atomic_write, tier_of
 
 # %% ../../nbs/14_shop.pairs.ipynb #c007
+@cache
 def wishable(
     value: str,  # as the catalogue chapter cleans it
 ) -> bool:       # short, and not to be mistaken for an operator
@@ -217,6 +220,7 @@ def draw_pair(
     split: str,               # "train" or "test"
     rng: random.Random,
     seed: int = 0,            # of the split
+    full: Callable[[str, str], bool] | None = None,  # of an id and a query type: such a pair is not wanted any more
 ) -> Pair | None:             # None for a failed draw
     "Sample one query and one candidate."
     product = rng.choice(shelves.products)
@@ -225,9 +229,9 @@ def draw_pair(
     if request is None or split_of(request.query, seed) != split: return None
     candidate_type = rng.choices(list(CANDIDATES), list(CANDIDATES.values()))[0]
     item = shelves.candidate(candidate_type, product, rng)
-    if item is None: return None
+    key = item and f"{zlib.crc32(request.query.encode()):08x}-{item.id}"
+    if item is None or full and full(key, query_type): return None
     truth = true_steps(request, item, shelves.catalog)
-    key = f"{zlib.crc32(request.query.encode()):08x}-{item.id}"
     return Pair(key, request.query, item.text, query_type, candidate_type, item.id, truth)
 
 # %% ../../nbs/14_shop.pairs.ipynb #c036
@@ -247,12 +251,13 @@ def build_pairs(
     type_quota = math.ceil(size / type_count)  # pairs of a query type
     cell_quota = math.ceil(size / cell_count)  # pairs of a query type and tier
     pairs, counts, misses = {}, Counter(), 0
+    def full(key, query_type): return key in pairs or balanced and counts[query_type] >= type_quota
     while len(pairs) < size and misses < 20 * PATIENCE:
         if misses >= PATIENCE: cell_quota = type_quota  # the tiers that are left are too rare
         if misses >= 2 * PATIENCE: type_quota = cell_quota = size  # a query type is
         misses += 1
-        pair = draw_pair(shelves, types, split, rng, seed)
-        if pair is None or pair.id in pairs: continue
+        pair = draw_pair(shelves, types, split, rng, seed, full)
+        if pair is None: continue
         query_type, cell = (pair.query_type, (pair.query_type, pair.truth.tier)) if balanced else ("all", "any")
         if counts[query_type] >= type_quota or counts[cell] >= cell_quota: continue
         pairs[pair.id], misses = pair, 0
