@@ -10,7 +10,6 @@ __all__ = ['COMMON_CONFIG', 'Progress', 'last_checkpoint', 'run_training', 'sft_
 import json
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from ..policy.packing import pack_chains
-from ..policy.rollout import takes_any_mask
+from ..policy.packing import SequenceRow, join_chains
+from ..policy.rollout import accept_sharing, takes_any_mask
 from ..task import Pair, StepTruth, prompt, render
 
 # %% ../../nbs/37_learning.sft.ipynb #c006
@@ -107,9 +106,10 @@ def compact_head():
     finally: trl_utils._use_triton = uses_triton
 
 class CompactSFTTrainer(SFTTrainer):
-    "TRL's SFTTrainer with a compact head (ours; the loss is TRL's)."
-    def compute_loss(self, *args, **kwargs):
-        with compact_head(): return super().compute_loss(*args, **kwargs)
+    "TRL's SFTTrainer without padding: a compact head, and chains one behind the other where the model allows (ours; TRL's loss)."
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if "lengths" in inputs: inputs["sharing"] = SequenceRow(inputs.pop("lengths"))
+        with compact_head(): return super().compute_loss(model, inputs, *args, **kwargs)
 
 # %% ../../nbs/37_learning.sft.ipynb #19654b79
 def orthogonalize(
@@ -176,9 +176,10 @@ def train_sft(
     config = SFTConfig(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr,
                        warmup_steps=max(steps // 20, 1), lr_scheduler_type="cosine", weight_decay=0.01, seed=seed,
                        max_length=None, save_steps=max(steps // 4, 1), **COMMON_CONFIG)
-    collator = partial(pack_chains, pad_id=tokenizer.pad_token_id) if takes_any_mask(model) else None
+    joins = takes_any_mask(model)
+    if joins: accept_sharing(model)
     trainer = CompactSFTTrainer(
         model, args=config, train_dataset=tokenize_completions(dataset, tokenizer), processing_class=tokenizer,
-        data_collator=collator, callbacks=[Progress(("loss", "mean_token_accuracy"))],
+        data_collator=join_chains if joins else None, callbacks=[Progress(("loss", "mean_token_accuracy"))],
         optimizers=(Muon(model, lr, muon_lr) if muon_lr else None, None))
     return run_training(trainer, out)
