@@ -54,10 +54,9 @@ class Packed:
 
     def attend(self, module, query, key, value, attention_mask, scaling):
         "Prompts to themselves; responses to their prompt and themselves."
-        repeats = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-        (asked, query), (prompt_keys, keys), (prompt_values, values) = map(self.tables, (query, key, value))
-        prompts = scaled_dot_product_attention(asked, prompt_keys, prompt_values, self.prompt_attends, scale=scaling)
+        states = query, *(repeat_kv(each, query.shape[1] // key.shape[1]) for each in (key, value))
+        (prompt_query, query), (prompt_keys, keys), (prompt_values, values) = map(self.tables, states)
+        prompts = scaled_dot_product_attention(prompt_query, prompt_keys, prompt_values, self.prompt_attends, scale=scaling)
         keys, values = (torch.cat([shared.index_select(0, self.groups), own], 2)
                         for shared, own in ((prompt_keys, keys), (prompt_values, values)))
         return self.row([prompts, scaled_dot_product_attention(query, keys, values, self.response_attends, scale=scaling)])
