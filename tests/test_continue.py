@@ -55,12 +55,13 @@ def test_rl_killed_and_continued_is_as_if_never_killed(policy, tokenizer, tmp_pa
     assert torch.equal(weights(again.model), weights(whole.model)) and moved(whole, policy)
 
 
+@pytest.mark.parametrize("muon_lr", [0.0, 4e-3])
 @pytest.mark.parametrize("at", [3, 5, 9])
-def test_sft_killed_and_continued_is_as_if_never_killed(tokenizer, tmp_path, at):
+def test_sft_killed_and_continued_is_as_if_never_killed(tokenizer, tmp_path, at, muon_lr):
     "Three steps are an epoch, a checkpoint is written after every third step."
     def go(folder):
         model = new_model(tokenizer, hidden_size=16, layers=1, heads=2)
-        log = train_sft(model, tokenizer, sft_dataset(PAIRS, CHAINS), tmp_path / folder, steps=12, batch=4)
+        log = train_sft(model, tokenizer, sft_dataset(PAIRS, CHAINS), tmp_path / folder, steps=12, batch=4, muon_lr=muon_lr)
         uncounted = ("seconds", "num_tokens")  # TRL counts a continued run's tokens from its start
         return [{name: row[name] for name in row if name not in uncounted} for row in log], weights(model)
 
