@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
 
+from ..shop.pairs import wish_shares
 from ..task import CREDIT_RULES, BookError, root
 
 # %% ../../nbs/70_book.settings.ipynb #9ade5f03
@@ -32,6 +33,8 @@ class TaskSettings:
     order: str  # order of the chain's steps
     max_completion: int  # tokens of a response at most
     data_seed: int  # seed of pairs and splits
+    wishes: str  # shares of queries with one wish, two, ..., with commas between
+    slips: str  # of the annotator: "all", or "shown" for those alone that the tier shows
     sft_pairs: int  # pairs labelled by the flawed annotator
     rl_pairs: int  # pairs with verified truth
     test_pairs: int  # pairs of each test set
@@ -112,7 +115,7 @@ LIMITS = {"data_seed": (0, 2**31),
           "sft_muon_lr": (0, 1), "judge_muon_lr": (0, 1), "rl_lr": (1e-8, 1),
           "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10), "clip_epsilon": (0.001, 1)}
 CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
-           "reading": ("group", "step", "return"), "engine": ("shared", "trl"),
+           "reading": ("group", "step", "return"), "slips": ("all", "shown"), "engine": ("shared", "trl"),
            "start": ("sft", "dpo"), "reward": ("hybrid", "judge", "verifier", "oracle"),
            "selection": ("random", "rejection", "steps", "diversified", "dynamic"),
            "curriculum": ("single", "easy_to_hard", "hard_to_easy", "shuffled")}
@@ -288,6 +291,7 @@ def load_settings(
         raise BookError(f"{where}: hidden_size = {settings.hidden_size} is no multiple of twice heads = {settings.heads}; "
                         "each head needs an even width.")
     for rate in settings.tune_lrs.split(","): _checked(f"{where}: tune_lrs", "rl_lr", rate)
+    wish_shares(settings.wishes)
     return settings
 
 # %% ../../nbs/70_book.settings.ipynb #9a4f7c52
