@@ -163,7 +163,7 @@ ASK = {"plain": ask_plain, "negation": ask_negation, "alternative": ask_alternat
        "question": ask_question, "knowledge": ask_knowledge}
 
 # %% ../../nbs/14_shop.pairs.ipynb #c025
-CANDIDATES = {"seed": 0.2, "closest": 0.25, "other_values": 0.2, "sibling": 0.2, "accessory": 0.05, "random": 0.1}  # shares (ours)
+CANDIDATES = {"seed": 0.2, "closest": 0.25, "other_values": 0.2, "sibling": 0.2, "accessory": 0.05, "random": 0.1}  # ours
 
 class Shelves:
     "The products of one split, by category, and which categories are siblings or accessories of which."
@@ -392,7 +392,7 @@ def wish_shares(
     try: shares = tuple(float(part) for part in text.split(","))
     except ValueError: shares = ()
     if not shares or min(shares) < 0 or not 0 < sum(shares) < math.inf:
-        raise BookError(f"wishes = {text} are no shares; write those of queries with one wish, two, ..., such as 0.1,0.2,0.4,0.3.")
+        raise BookError(f"wishes = {text} are no shares; write those of queries with one wish, two, ..., as in 0.1,0.2,0.4,0.3.")
     return shares
 
 def make_data(
