@@ -553,6 +553,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'she_nb/learning/preferences.py'),
                                              'she_nb.learning.preferences.CompactDPOTrainer.compute_loss': ( 'learning.preferences.html#compactdpotrainer.compute_loss',
                                                                                                              'she_nb/learning/preferences.py'),
+                                             'she_nb.learning.preferences.is_right': ( 'learning.preferences.html#is_right',
+                                                                                       'she_nb/learning/preferences.py'),
                                              'she_nb.learning.preferences.make_preferences': ( 'learning.preferences.html#make_preferences',
                                                                                                'she_nb/learning/preferences.py'),
                                              'she_nb.learning.preferences.pass_at_k': ( 'learning.preferences.html#pass_at_k',
