@@ -8,6 +8,7 @@ from conftest import ROOT, refused, write_stages
 
 from she_nb.book.graph import open_book, plan
 from she_nb.book.records import read_record
+from she_nb.book.settings import variant
 
 BOOK = ("book", "--preset", "micro", "-p", "start", "sft", "-p", "reward", "oracle", "-p", "curriculum", "single")  # eight runs
 
@@ -78,6 +79,39 @@ def test_real_stages_fit_the_settings(preset):
     assert len(set(keys)) == len(keys)
     for seed in book.seeds:
         assert {f"evaluate-{arm}-s{seed}" for arm in ("sft", "dpo", *book.arms_of(seed))} <= set(keys)
+        assert {f"data-all-s{seed}", f"judge-all-s{seed}", f"judge_test-srpo-s{seed}"} <= set(keys)
     stages = {"data", "sft", "dpo", "judge", "judge_test", "ask", "select", "train", "tune", "evaluate", "report"}
     assert {run.stage for run in runs} == stages | {*book.settings.studies, *book.settings.questions}
     assert runs[-1].stage == "report" and set(runs[-1].needs) == {run.key for run in runs[:-1]}
+
+
+def settings_of(arm): return variant(open_book("tiny").settings, arm)[1]
+
+def twin_of(arm): return "grpo" + arm.removeprefix("srpo")
+
+
+def test_twins_differ_in_their_rule_alone():
+    "Every arm of SRPO that has a twin under GRPO takes the same settings, data, first model and prompts."
+    runs = {run.key: run for run in plan(open_book("tiny", studies=True))}
+    declared = [arm for arm, _ in open_book("tiny").settings.declared if arm.startswith("srpo_")]
+    arms = [arm for arm in declared if f"train-{twin_of(arm)}-s0" in runs]
+    assert {"srpo_after_sft", "srpo_random", "srpo_steps", "srpo_120", "srpo_group_4", "srpo_one"} <= set(arms)
+    for arm in arms:
+        assert settings_of(arm) == settings_of(twin_of(arm))
+        ours, theirs = (set(runs[f"train-{name}-s0"].needs) for name in (arm, twin_of(arm)))
+        assert ours - theirs <= {"judge-all-s0"} and theirs <= ours
+
+
+def test_worlds_share_no_run():
+    "What has other wishes has its own data, its own first model, and is evaluated on its own tests."
+    runs = {run.key: run for run in plan(open_book("tiny", studies=True))}
+    for world, data in {"one": "wishes_1", "two": "wishes_0_1", "four": "wishes_0_0_0_1"}.items():
+        assert runs[f"sft-sft_{world}-s1"].needs == (f"data-{data}-s1",)
+        for rule in ("grpo", "grpo_mean", "srpo"):
+            assert runs[f"train-{rule}_{world}-s1"].needs == (f"data-{data}-s1", f"sft-sft_{world}-s1")
+            assert runs[f"evaluate-{rule}_{world}-s1"].needs == (f"data-{data}-s1", f"train-{rule}_{world}-s1")
+
+
+def test_groups_of_any_size_have_as_many_responses():
+    settings = [settings_of(arm) for arm in ("srpo", "srpo_group_4", "srpo_group_16", "grpo_group_4", "grpo_group_16")]
+    assert {own.group_size * own.prompts_per_step for own in settings} == {256}

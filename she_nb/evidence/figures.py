@@ -238,6 +238,8 @@ CURVES |= {
     "prompts_asked": ("Prompts asked", "a step", "with those that took the places of unanimous ones",
                       "far above the batch: few teach"),
     "value_loss": ("Critic's error", "", "mean squared error of the critic, of PPO alone", "not falling: PPO guides by guesses"),
+    "explained_variance": ("Critic explains", "share", "the outcome's variance over tokens that the critic's values take away",
+                           "near 0: it knows no more than a constant; below: it misleads"),
     "score_seconds": ("Scoring", "s a step", "wall time of parsing, verifying and credit", "not small beside a step"),
     "judge_seconds": ("Judging", "s a step", "wall time of the judge, where steps are sent to one", "not small beside a step"),
     **{f"agreement_{k}": (f"Reward agrees, step {k}", "share", f"rewards of step {k}, cut at one half, that are the truth",

@@ -301,7 +301,7 @@ def rl_config(
     steps: int = 60,             # optimizer steps (ours)
     prompts_per_step: int = 32,  # 64 in the paper
     group: int = 8,              # responses for each prompt; 16 in the paper
-    lr: float = 2e-4,            # after warm-up, constant (ours)
+    lr: float = 2e-4,            # after warm-up, constant; zero after a linear fall over the last quarter (ours)
     warmup: int = 10,            # steps (ours)
     temperature: float = 0.99,   # the paper's
     beta: float = 0.0,           # weight of the KL term; the paper has one, its size unknown
@@ -316,7 +316,8 @@ def rl_config(
     return GRPOConfig(
         output_dir=str(out), max_steps=steps, save_steps=max(steps // 4, 1), per_device_train_batch_size=micro,
         gradient_accumulation_steps=size // micro, num_generations=group, learning_rate=lr,
-        lr_scheduler_type="constant_with_warmup", warmup_steps=warmup,
+        lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup,
+        lr_scheduler_kwargs={"num_decay_steps": max(steps // 4, 1), "decay_type": "linear", "min_lr_ratio": 0.0},
         temperature=temperature, beta=beta, epsilon=epsilon, loss_type="grpo", scale_rewards="group",
         importance_sampling_level="token", max_completion_length=max_new_tokens, seed=seed, **COMMON_CONFIG)
 
