@@ -57,15 +57,14 @@ class WarmSettings(TaskSettings):
     dpo_sft: float  # weight of the loss of fine-tuning on the preferred answer
     dpo_prefer: str  # what a preferred answer has right: tier, or steps for all of them
     judge_model: str  # of the stepwise reward model: qwen3-tiny (from scratch), or a folder or hub id
-    judge_pairs: int  # annotated pairs whose steps it learns from
+    judge_pairs: int  # annotated pairs whose true chains it learns from
     judge_share: float  # of these that it gets to see
-    judge_hard_pairs: int  # others, among whose steps its hard ones are sought
+    judge_hard_pairs: int  # others, among which its hard ones are sought
     judge_steps: int  # optimizer steps of its fine-tuning
     judge_lr: float  # their learning rate
     judge_muon_lr: float  # likewise of Muon
-    judge_rl_steps: int  # optimizer steps of GRPO on the hard subset
+    judge_rl_steps: int  # optimizer steps of GRPO on hard and easy pairs
     judge_rl_lr: float  # their learning rate
-    judge_unsure: float  # a verdict less sure than this is hard
 
 # %% ../../nbs/70_book.settings.ipynb #1de13f19
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ class Settings(WarmSettings):
     curriculum: str  # single, easy_to_hard, hard_to_easy or shuffled
     start: str  # what RL begins with: sft or dpo
     reward: str  # who rewards the steps: hybrid, judge, verifier or oracle
-    judge_samples: int  # 0: probability of the judge's verdict; n: mean of n sampled verdicts
-    judge_flip: float  # share of the judge's verdicts that are turned round
+    judge_samples: int  # chains that the judge writes of a pair; 0: one greedy chain
+    judge_flip: float  # share of the judge's values that are turned round
     refill: int  # rounds of dynamic sampling that ask others in place of prompts whose answers agree
     watch_every: int  # steps between two looks at held-out pairs
     watch_pairs: int  # how many of them
@@ -114,7 +113,7 @@ LIMITS = {"data_seed": (0, 2**31),
           "micro_batch": (0, 10**6), "vocab_size": (300, 10**6), "group_size": (2, 1024), "warmup_steps": (0, 10**6),
           "dpo_samples": (2, 1024), "select_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100),
           "dpo_sft": (0, 100), "judge_lr": (1e-8, 1), "judge_rl_lr": (1e-8, 1),
-          "judge_unsure": (0.5, 1), "judge_samples": (0, 1024), "judge_flip": (0, 1), "judge_share": (0.001, 1),
+          "judge_samples": (0, 1024), "judge_flip": (0, 1), "judge_share": (0.001, 1),
           "refill": (0, 100), "watch_every": (0, 10**6), "watch_pairs": (1, 10**6), "sft_lr": (1e-8, 1),
           "sft_muon_lr": (0, 1), "judge_muon_lr": (0, 1), "rl_lr": (1e-8, 1),
           "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10), "clip_epsilon": (0.001, 1),

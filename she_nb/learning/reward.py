@@ -26,7 +26,7 @@ def flipped(
     claim: Claim,
     share: float,  # of all claims
 ) -> bool:         # a function of the claim, so the same claim always gets the same verdict
-    "Whether label noise flips the judge's verdict on this claim (ours)."
+    "Whether label noise turns the judge's value of this claim round (ours)."
     return crc32(repr(claim.key).encode()) < share * 2**32
 
 # %% ../../nbs/34_learning.reward.ipynb #04a47139
@@ -37,7 +37,7 @@ class Router:
         sources: str = "oracle",     # a key of REWARDS
         judge: Judge | None = None,  # needed where a source is the judge
         order: str = "think_first",  # a key of ORDERS
-        flip: float = 0.0,           # share of the judge's verdicts that are flipped
+        flip: float = 0.0,           # share of the judge's values that are turned round
     ):
         if sources not in REWARDS: raise BookError(f"reward = {sources} is unknown; use one of {', '.join(REWARDS)}.")
         self.sources, self.judge, self.order, self.flip = REWARDS[sources], judge, order, flip

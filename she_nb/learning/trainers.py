@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOConfig
 
 from .advantage import advantage, shared_prefix_counts, to_tokens
-from .judge import verdict_reward
 from .reward import Router, agreement, step_errors
 from .sampling import DifficultySampler
 from .sft import COMMON_CONFIG, Progress, run_training
@@ -43,7 +42,7 @@ from she_nb.task import (
     step_ids,
     token_bytes,
 )
-from ..verifier import score
+from ..verifier import oracle, score
 
 # %% ../../nbs/38_learning.trainers.ipynb #ac099e6d
 class EvaluationCallback(TrainerCallback):
@@ -346,13 +345,17 @@ def train_rl(
 def train_judge(
     model: PreTrainedModel,  # after fine-tuning
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],        # of the hard subset, from `claim_rows`
-    config: GRPOConfig,      # from `rl_config`
+    pairs: list[Pair],       # from `curate_pairs`; their first two steps must be known
+    config: GRPOConfig,      # from `rl_config`; responses may end behind these steps
+    rule: str = "brief",     # of the prompt, a key of RULES
 ) -> list[dict]:             # one row for each step
-    "GRPO on verdicts (TaoSR-SHE trains its reward model so; sizes: ours)."
-    dataset = Dataset.from_list([{"prompt": row["prompt"], "good": row["good"]} for row in rows])
-    trainer = SharedPromptTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer,
-                                  reward_funcs=[verdict_reward], callbacks=[Progress(("reward", "entropy"))])
+    "GRPO on the judge's own chains (TaoSR-SHE trains its reward model so; what is rewarded, and sizes: ours)."
+    table = token_bytes(tokenizer)
+    def open_steps(completion_ids, row, **kwargs):
+        parsed = (parse(response_text(ids, table)) for ids in completion_ids)
+        return [sum(oracle(response, pairs[i].truth)) / 2 for response, i in zip(parsed, row, strict=True)]
+    trainer = SharedPromptTrainer(model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer,
+                                  reward_funcs=[open_steps], callbacks=[Progress(("reward", "entropy"))])
     return run_training(trainer, config.output_dir)
 
 # %% ../../nbs/38_learning.trainers.ipynb #c024

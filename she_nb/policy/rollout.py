@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'COMPACTION_THRESHOLD', 'takes_any_mask', 'shared_attention', 'accept_sharing', 'GroupCacheLayer',
-           'GroupCache', 'sample_tokens', 'SampledResponse', 'without_router_logits', 'additive', 'prefill',
-           'prefill_suffixes', 'decode', 'sample', 'group_prompts', 'truncate_at_eos', 'transformers_sample',
-           'generate', 'generate_responses']
+           'GroupCache', 'sample_tokens', 'SampledResponse', 'without_router_logits', 'additive', 'prefill', 'decode',
+           'sample', 'group_prompts', 'truncate_at_eos', 'transformers_sample', 'generate', 'generate_responses']
 
 # %% ../../nbs/22_policy.rollout.ipynb #c002
 from collections.abc import Sequence
@@ -192,29 +191,6 @@ def prefill(
     mask = torch.cat([positions >= 0, positions.new_ones(len(prompts), capacity, dtype=torch.bool)], 1)
     return cache, mask[prompt_indices], lengths[prompt_indices], logits[prompt_indices]
 
-# %% ../../nbs/22_policy.rollout.ipynb #57c05fdd
-def prefill_suffixes(
-    model: PreTrainedModel,
-    cache: GroupCache,          # from `prefill`, as are the next two
-    mask: Tensor,
-    lengths: Tensor,
-    suffixes: list[list[int]],  # ids between prompt and response, one list for each response
-) -> tuple[Tensor, Tensor, Tensor]:  # mask and lengths with the suffixes, and the next logits
-    "Read what stands between a row's prompt and its response."
-    device = model.device
-    padded = pad_sequence([torch.tensor(ids[::-1]) for ids in suffixes], batch_first=True).flip(1).to(device)
-    suffix_lengths = torch.tensor([len(ids) for ids in suffixes], device=device)
-    start, width = cache.get_seq_length(), padded.shape[1]
-    step = torch.arange(width, device=device)
-    suffix_mask = step >= width - suffix_lengths[:, None]
-    mask = torch.cat([mask[:, :start], suffix_mask, mask[:, start + width:]], 1)
-    causal = torch.cat([step.new_ones(width, start, dtype=torch.bool), step[:, None] >= step], 1)
-    positions = (lengths[:, None] + suffix_mask.cumsum(1) - 1).clamp(min=0)
-    sees = additive((mask[:, None, :start + width] & causal)[:, None], model.dtype)
-    logits = model(input_ids=padded, attention_mask=sees, position_ids=positions, past_key_values=cache, sharing=cache,
-                   use_cache=True, logits_to_keep=1, **without_router_logits(model)).logits[:, -1]
-    return mask, lengths + suffix_lengths, logits
-
 # %% ../../nbs/22_policy.rollout.ipynb #c8b15f3e
 def decode(
     model: PreTrainedModel,
@@ -257,15 +233,12 @@ def sample(
     uniforms: Tensor,              # random numbers in [0, 1), (responses, most new tokens)
     eos_token_ids: Sequence[int],  # ids that end a response
     temperature: float = 1.0,      # 0 is greedy
-    suffixes: list[list[int]] | None = None,  # ids between prompt and response, at least one for each response; None: nothing
 ) -> list[SampledResponse]:        # in the order of the prompts
     "Sample groups that share their prompt's cache (ours)."
     accept_sharing(model)
     uniforms, device = uniforms.to(model.device), model.device
     prompt_indices = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(counts, device=device))
-    capacity = uniforms.shape[1] + max(map(len, suffixes or [[]]))
-    cache, mask, lengths, logits = prefill(model, prompts, prompt_indices, capacity)
-    if suffixes: mask, lengths, logits = prefill_suffixes(model, cache, mask, lengths, suffixes)
+    cache, mask, lengths, logits = prefill(model, prompts, prompt_indices, uniforms.shape[1])
     decoded = decode(model, cache, mask, lengths, logits, uniforms, eos_token_ids, temperature)
     rows = zip(*(values.tolist() for values in decoded), strict=True)
     return [SampledResponse(ids[:n], logps[:n]) for ids, logps, n in rows]
