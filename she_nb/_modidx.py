@@ -302,6 +302,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'she_nb/evidence/evaluate.py'),
                                           'she_nb.evidence.evaluate.read_table': ( 'evidence.evaluate.html#read_table',
                                                                                    'she_nb/evidence/evaluate.py'),
+                                          'she_nb.evidence.evaluate.resample': ( 'evidence.evaluate.html#resample',
+                                                                                 'she_nb/evidence/evaluate.py'),
                                           'she_nb.evidence.evaluate.rollouts_to_target': ( 'evidence.evaluate.html#rollouts_to_target',
                                                                                            'she_nb/evidence/evaluate.py'),
                                           'she_nb.evidence.evaluate.sampled_metrics': ( 'evidence.evaluate.html#sampled_metrics',

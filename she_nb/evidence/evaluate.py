@@ -7,8 +7,8 @@ __all__ = ['STEP_COLUMNS', 'CONCLUSIONS', 'COLUMNS', 'ALLOWED', 'TIER_METRICS', 
            'PART_METRICS', 'MOST_WISHES', 'RECORD_FIELDS', 'SUMMARY_COLUMNS', 'CLAIM_COLUMNS', 'CLAIM_METRICS',
            'CLAIMS', 'CAVEATS', 'check_predictions', 'confusion', 'kappa', 'tier_metrics', 'part_and_whole', 'outcomes',
            'step_metrics', 'parts_of', 'metrics', 'sampled_metrics', 'bootstrap', 'Interval', 'seed_interval',
-           'paired_difference', 'tally', 'measure', 'tally_interval', 'two_level', 'read_records', 'pick', 'read_table',
-           'curves', 'by_seed', 'predictions_by_seed', 'compare', 'pooled_interval', 'summary', 'verdict',
+           'paired_difference', 'tally', 'measure', 'resample', 'tally_interval', 'two_level', 'read_records', 'pick',
+           'read_table', 'curves', 'by_seed', 'predictions_by_seed', 'compare', 'pooled_interval', 'summary', 'verdict',
            'effect_sentence', 'holm', 'evaluate_claims', 'comparisons_sentence', 'effects', 'rollouts_to_target']
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #e99343a5
@@ -175,15 +175,20 @@ def sampled_metrics(
     greedy: pd.DataFrame,   # predictions of some pairs
     sampled: pd.DataFrame,  # of k sampled responses to each of them: k rows a pair
 ) -> dict[str, float]:      # "sampled/greedy/accuracy", "sampled/mean@k/accuracy", "sampled/pass@k/accuracy"; likewise all_steps
-    "Greedy, mean@k and pass@k side by side, on the same pairs (ours; k of k samples make pass@k of 2107.03374 a plain maximum)."
+    "Greedy, mean@k and pass@k side by side, on the same pairs, with percentile intervals over them (ours)."
     def right(table):
         tiers = (table["tier_true"] == table["tier_pred"]).to_numpy(float)
         return pd.DataFrame({"id": table["id"].to_numpy(), "accuracy": tiers, "all_steps": part_and_whole(table, "all_steps")[0]})
-    by_pair, k = right(sampled).groupby("id"), len(sampled) // len(greedy)
+    by_pair, k, out = right(sampled).groupby("id"), len(sampled) // len(greedy), {}
     if set(greedy["id"]) != set(by_pair.groups) or (by_pair.size() != k).any():
         raise BookError("the sampled predictions need as many responses for each of the greedy ones' pairs")
-    tables = {"greedy": right(greedy).set_index("id"), f"mean@{k}": by_pair.mean(), f"pass@{k}": by_pair.max()}
-    return {f"sampled/{way}/{name}": float(table[name].mean()) for way, table in tables.items() for name in table}
+    drawn = np.random.default_rng(0).integers(len(greedy), size=(1000, len(greedy)))
+    for way, table in {"greedy": right(greedy).set_index("id"), f"mean@{k}": by_pair.mean(), f"pass@{k}": by_pair.max()}.items():
+        for name, values in table.items():
+            low, high = np.percentile(values.to_numpy()[drawn].mean(1), (2.5, 97.5))
+            metric = f"sampled/{way}/{name}"
+            out |= {metric: float(values.mean()), f"{metric}_low": float(low), f"{metric}_high": float(high)}
+    return out
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #c6a88581
 def bootstrap(
@@ -285,24 +290,33 @@ def measure(
     return value(keys[:, :width]) - (value(keys[:, width:]) if keys.shape[1] > width else 0)
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #two00008
+def resample(
+    tallies: Sequence[tuple[np.ndarray, np.ndarray]],  # of each seed, from `tally`
+    name: str,        # the metric's last name
+    n: int = 1000,    # resamples
+    seed: int = 0,    # of the resampling
+) -> np.ndarray:      # the mean over seeds in each resample, where it is defined
+    "Draw seeds and within them pairs, with replacement (two-level bootstrap)."
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(tallies), size=(n, len(tallies)))
+    values = np.empty(drawn.shape)
+    for index, (keys, counts) in enumerate(tallies):
+        where = drawn == index
+        values[where] = measure(keys, rng.multinomial(counts.sum(), counts / counts.sum(), size=where.sum()), name)
+    means = values.mean(1)
+    return means[np.isfinite(means)]
+
+# %% ../../nbs/52_evidence.evaluate.ipynb #two0008b
 def tally_interval(
     tallies: Sequence[tuple[np.ndarray, np.ndarray]],  # of each seed, from `tally`
     name: str,       # the metric's last name
     n: int = 1000,   # resamples
     seed: int = 0,   # of the resampling
 ) -> Interval:       # with one seed, percentiles over its pairs
-    "Mean over seeds and its 95 % interval, resampling seeds and within them pairs (two-level bootstrap, with Student's t)."
-    rng, seeds = np.random.default_rng(seed), len(tallies)
-    values = np.array([measure(keys, counts, name) for keys, counts in tallies])
-    drawn = rng.integers(seeds, size=(n, seeds))
-    resampled = np.empty(drawn.shape)
-    for index, (keys, counts) in enumerate(tallies):
-        where = drawn == index
-        resampled[where] = measure(keys, rng.multinomial(counts.sum(), counts / counts.sum(), size=where.sum()), name)
-    means = resampled.mean(1)
-    means = means[np.isfinite(means)]
-    if seeds == 1: return Interval(float(values[0]), np.nan, *map(float, np.percentile(means, (2.5, 97.5))), 1)
-    return _t_interval(values, means.std() * np.sqrt(seeds / (seeds - 1)))
+    "Mean over seeds and its 95 % interval: Student's, with the standard error of `resample` (ours)."
+    values, means = np.array([measure(*one, name) for one in tallies]), resample(tallies, name, n, seed)
+    if len(values) == 1: return Interval(float(values[0]), np.nan, *map(float, np.percentile(means, (2.5, 97.5))), 1)
+    return _t_interval(values, means.std() * np.sqrt(len(values) / (len(values) - 1)))
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #two00009
 def two_level(

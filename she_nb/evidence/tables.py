@@ -123,9 +123,9 @@ def interval_note(
     if table.empty: return "There are no intervals yet."
     fewest, most = int(table["seeds"].min()), int(table["seeds"].max())
     if most == 1: return "Intervals are 95 % bootstrap intervals over the pairs of one seed; seeds may differ more."
-    if fewest == most: return f"Intervals are 95 % t intervals over {most} seeds."
-    other = "; with one seed, bootstrap intervals over pairs" if fewest == 1 else ""
-    return f"Intervals are 95 % t intervals over {fewest} to {most} seeds{other}."
+    if fewest == most: return f"Intervals, at 95 %, are over {most} seeds and their pairs."
+    other = "; with one seed, over its pairs alone" if fewest == 1 else ""
+    return f"Intervals, at 95 %, are over {fewest} to {most} seeds and their pairs{other}."
 
 # %% ../../nbs/56_evidence.tables.ipynb #10c42d94
 class Block:
