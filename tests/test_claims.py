@@ -30,7 +30,8 @@ def invented(steps, tier, pairs, rng):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     "A report of three seeds, each with pairs of its own, and the claims that the book draws from it."
-    from she_nb.evidence.evaluate import evaluate_claims, metrics, read_records
+    from she_nb.evidence.evaluate import evaluate_claims, read_records
+    from she_nb.evidence.metrics import metrics
     folder, rng = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
     for seed in SEEDS:
         size = 2 * PAIRS

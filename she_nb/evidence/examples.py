@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .evaluate import CONCLUSIONS, STEP_COLUMNS, bootstrap, metrics, read_records
+from .evaluate import read_records
+from .metrics import CONCLUSIONS, STEP_COLUMNS, bootstrap, metrics
 from ..task import QUERY_TYPES, StepTruth, Wish, atomic_write, render
 
 # %% ../../nbs/53_evidence.examples.ipynb #7721ff2e

@@ -24,17 +24,16 @@ from nbconvert.filters import markdown2html
 
 from she_nb.evidence.evaluate import (
     CAVEATS,
-    Interval,
     curves,
     effect_sentence,
     effects,
-    paired_difference,
     pick,
     read_table,
     rollouts_to_target,
     summary,
 )
 from .figures import ARMS, CURVES, MAIN, STUDY_METRICS, arm_order, arm_style, effects_figure, save
+from .metrics import Interval, paired_difference
 
 # %% ../../nbs/56_evidence.tables.ipynb #5c644073
 def percent(
