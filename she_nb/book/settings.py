@@ -92,6 +92,7 @@ class Settings(WarmSettings):
     study_seeds: tuple[int, ...]  # seeds of their arms, among the ablations'
     questions: tuple[str, ...]  # likewise, for what the paper leaves open
     question_seeds: tuple[int, ...]  # seeds of their arms
+    sampled_pairs: int  # balanced pairs from which every evaluation samples a group of responses
     eval_batch: int  # responses sampled at once
     selection: str  # of RL's prompts: random, rejection, steps or diversified
     curriculum: str  # single, easy_to_hard, hard_to_easy or shuffled

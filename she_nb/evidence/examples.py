@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .evaluate import STEP_COLUMNS, bootstrap, metrics, read_records
+from .evaluate import read_records
+from .metrics import CONCLUSIONS, STEP_COLUMNS, bootstrap, metrics
 from ..task import QUERY_TYPES, StepTruth, Wish, atomic_write, render
 
 # %% ../../nbs/53_evidence.examples.ipynb #7721ff2e
@@ -35,7 +36,9 @@ def example_predictions(
     table = {"set": np.repeat(["wild", "balanced"], pairs), "id": [f"example-{i}" for i in range(size)],
              "query_type": rng.choice(QUERY_TYPES, size), "candidate": "seed", "tier_true": true,
              "tier_pred": np.where(right, true, true % 4 + 1), "well_formed": 1}
-    return pd.DataFrame(table | dict(zip(STEP_COLUMNS, np.column_stack([steps, right]).T.astype(int), strict=True)))
+    columns = np.column_stack([steps, right, steps[:, 2:], steps[:, 2:]]).T.astype(int)
+    table |= dict(zip((*STEP_COLUMNS, *CONCLUSIONS), columns, strict=True))
+    return pd.DataFrame(table | {"wishes": rng.integers(1, 5, size)})
 
 # %% ../../nbs/53_evidence.examples.ipynb #d6f756c8
 def example_curves(

@@ -353,7 +353,7 @@ def effects_figure(
             for y, (arm, row) in enumerate(rows.iterrows()):
                 effect, low, high = 100 * row[["effect", "ci_low", "ci_high"]].to_numpy(float)
                 colour = arm_style(arm)[1]
-                hollow = {"mfc": "white"} if not np.isfinite(low) else {"xerr": [[effect - low], [high - effect]]}
+                hollow = {"mfc": "white"} if row["seeds"] == 1 else {"xerr": [[effect - low], [high - effect]]}
                 ax.errorbar(effect, y, fmt="o", color=colour, ms=8, elinewidth=2.2, **hollow)
             ax.set_title(STUDY_METRICS.get(metric, metric))
             ax.set_xlabel(f"points from {arm_style(against)[0]}")

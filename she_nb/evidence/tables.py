@@ -24,17 +24,16 @@ from nbconvert.filters import markdown2html
 
 from she_nb.evidence.evaluate import (
     CAVEATS,
-    Interval,
     curves,
     effect_sentence,
     effects,
-    paired_difference,
     pick,
     read_table,
     rollouts_to_target,
     summary,
 )
 from .figures import ARMS, CURVES, MAIN, STUDY_METRICS, arm_order, arm_style, effects_figure, save
+from .metrics import Interval, paired_difference
 
 # %% ../../nbs/56_evidence.tables.ipynb #5c644073
 def percent(
@@ -123,9 +122,9 @@ def interval_note(
     if table.empty: return "There are no intervals yet."
     fewest, most = int(table["seeds"].min()), int(table["seeds"].max())
     if most == 1: return "Intervals are 95 % bootstrap intervals over the pairs of one seed; seeds may differ more."
-    if fewest == most: return f"Intervals are 95 % t intervals over {most} seeds."
-    other = "; with one seed, bootstrap intervals over pairs" if fewest == 1 else ""
-    return f"Intervals are 95 % t intervals over {fewest} to {most} seeds{other}."
+    if fewest == most: return f"Intervals, at 95 %, are over {most} seeds and their pairs."
+    other = "; with one seed, over its pairs alone" if fewest == 1 else ""
+    return f"Intervals, at 95 %, are over {fewest} to {most} seeds and their pairs{other}."
 
 # %% ../../nbs/56_evidence.tables.ipynb #10c42d94
 class Block:
