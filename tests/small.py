@@ -47,7 +47,7 @@ def copy_of(model, tokenizer):
     return copy
 
 
-OWN = {"prompts_per_step": 3, "group": 4, "lr": 3e-3, "max_new_tokens": 40, "micro_batch": 0, "beta": 0.0,
+OWN = {"prompts_per_step": 3, "group": 4, "lr": 3e-3, "max_new_tokens": 48, "micro_batch": 0, "beta": 0.0,
        "temperature": 0.99, "seed": 0}  # of rl_config
 
 
