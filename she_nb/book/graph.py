@@ -162,13 +162,14 @@ class SeedPlan:
         return self.runs[run.key]
 
     def world(self, own: Settings) -> Settings:
-        "The preset with an arm's wishes."
-        return replace(self.settings, wishes=own.wishes)
+        "The preset with an arm's wishes and slips."
+        return replace(self.settings, wishes=own.wishes, slips=own.slips)
 
     def world_name(self, own: Settings, *words: str) -> str:
-        "Words, and the wishes where they are not the preset's; `all` where neither is left."
+        "Words, and wishes and slips where they are not the preset's; `all` where nothing is left."
         wishes = "" if own.wishes == self.settings.wishes else f"wishes_{re.sub(r'[ ,]+', '_', own.wishes)}"
-        return "_".join(filter(None, [*words, wishes])) or "all"
+        slips = "" if own.slips == self.settings.slips else f"slips_{own.slips}"
+        return "_".join(filter(None, [*words, wishes, slips])) or "all"
 
     def data(self, own: Settings) -> Run: return self.add("data", self.world_name(own), self.world(own))
 

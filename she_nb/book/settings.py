@@ -171,8 +171,9 @@ def _sections(path):
 RULES = ("srpo", "dpo", "ppo", *CREDIT_RULES)  # arms that need no line in [arms]; srpo stands for the reading of the settings
 RL_CHANGES = ("rl_steps", "prompts_per_step", "group_size", "rl_lr", "warmup_steps", "temperature", "reading", "gamma", "beta",
               "clip_epsilon", "gae_lambda", "critic_steps", "selection", "curriculum", "start", "reward", "refill", "judge_share",
-              "judge_samples", "judge_flip", "wishes")
-CHANGES = {"sft": ("order", "teacher", "wishes"), "dpo": ("dpo_sft", "dpo_beta", "dpo_prefer", "wishes"), "floor": ("order",),
+              "judge_samples", "judge_flip", "wishes", "slips")
+CHANGES = {"sft": ("order", "teacher", "wishes", "slips"), "floor": ("order",),
+           "dpo": ("dpo_sft", "dpo_beta", "dpo_prefer", "wishes", "slips"),
            **dict.fromkeys(("srpo", "ppo", *CREDIT_RULES), RL_CHANGES)}  # rule -> what an arm may change by its name
 READ_BY = {"gamma": ("srpo", "srpo_group", "srpo_step", "srpo_return", "graph"), "reading": ("srpo",),
            "gae_lambda": ("ppo",), "critic_steps": ("ppo",)}  # other rules ignore it
