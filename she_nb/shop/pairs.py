@@ -289,7 +289,7 @@ def build_pairs(
 # %% ../../nbs/14_shop.pairs.ipynb #c040
 SHOWN_SLIPS = {"negation_as_wish": 0.6, "price_dropped": 0.55, "brand_misplaced": 0.45, "value_missed": 0.06,
                "synonym_missed": 0.18, "sibling_accepted": 0.45, "related_to_excellent": 0.4, "mismatch_to_related": 0.3}
-HIDDEN_SLIPS = {"wish_dropped": 0.25, "value_confused": 0.25, "item_skimmed": 0.4, "stopped_early": 0.4}
+HIDDEN_SLIPS = {"wish_dropped": 0.3, "value_confused": 0.3, "item_skimmed": 0.6, "stopped_early": 0.6}
 SLIPS = {"all": SHOWN_SLIPS | HIDDEN_SLIPS, "shown": SHOWN_SLIPS | dict.fromkeys(HIDDEN_SLIPS, 0.0)}  # rates: ours
 
 # %% ../../nbs/14_shop.pairs.ipynb #p041a
