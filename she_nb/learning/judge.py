@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..policy.models import load_policy
 from ..policy.rollout import generate_responses
 from ..task import STEPS, TAGS, BookError, Pair, Parsed, StepTruth, parse, read_step, step_texts, step_value
-from ..verifier import score
+from ..verifier import score, step_score
 
 # %% ../../nbs/32_learning.judge.ipynb #c017
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Claim:
     def key(self) -> tuple: return *self.pair_key, self.step, self.text
 
     @property
-    def holds(self) -> bool: return read_step(self.step, self.text) == step_value(self.pair.truth, self.step)
+    def holds(self) -> bool: return step_score(Parsed({self.step: self.text}), self.pair.truth, self.step) == 1
 
 # %% ../../nbs/32_learning.judge.ipynb #j05support
 def support(
