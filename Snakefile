@@ -13,7 +13,7 @@ if "SHE_NB_WATCH" in os.environ: watch_parent()
 book = read_book(config.get("book", ""))
 todo = pending(book, plan(book))
 # the longest path first: what reinforcement learning begins with, then the book's own arms, of which the last takes longest
-first = {"data": 310, ("judge", "all"): 300, ("sft", "sft"): 300, "dpo": 280, "ask": 270, "select": 260, "tune": 220,
+first = {"data": 310, ("sft", "sft"): 305, ("judge", "all"): 300, "dpo": 280, "ask": 270, "select": 260, "tune": 220,
          "evaluate": 200, "judge_test": 170, "train": 100, "judge": -50}
 first |= {("train", arm): 240 + place for place, arm in enumerate(book.arms)}   # what all studies are held against
 
