@@ -471,6 +471,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'she_nb.evidence.tables.metrics_table': ( 'evidence.tables.html#metrics_table',
                                                                                   'she_nb/evidence/tables.py'),
                                         'she_nb.evidence.tables.percent': ('evidence.tables.html#percent', 'she_nb/evidence/tables.py'),
+                                        'she_nb.evidence.tables.policy_name': ( 'evidence.tables.html#policy_name',
+                                                                                'she_nb/evidence/tables.py'),
                                         'she_nb.evidence.tables.sampled_table': ( 'evidence.tables.html#sampled_table',
                                                                                   'she_nb/evidence/tables.py'),
                                         'she_nb.evidence.tables.studies_block': ( 'evidence.tables.html#studies_block',

@@ -209,7 +209,9 @@ def by_wishes_figure(
 ) -> plt.Figure:          # a panel for right chains, one for wrong steps in right answers
     "Right chains, and what right tiers hide, by the number of wishes."
     panels = {title: list(wishes_metrics(name)) for title, name in BY_WISHES.items()}
-    return _metrics_figure(table, panels, list(wishes_metrics("all_steps").values()), "%", share=False)
+    figure = _metrics_figure(table, panels, list(wishes_metrics("all_steps").values()), "%", share=False)
+    for ax in figure.axes: ax.set_xlabel("wishes of a query")
+    return figure
 
 # %% ../../nbs/54_evidence.figures.ipynb #1d9b1df8
 def step_figure(

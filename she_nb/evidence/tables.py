@@ -7,8 +7,8 @@ __all__ = ['OUTCOMES', 'REASONS', 'TABLE_METRICS', 'LENIENT', 'FOLLOWS', 'GATES'
            'FOLDED', 'AIMS', 'AIM_ROLLOUTS', 'CLAIMS_NOTE', 'percent', 'headline_arm', 'metric_phrase',
            'claim_sentence', 'claims_sentence', 'verdict_sentence', 'interval_note', 'metrics_table', 'wishes_table',
            'sampled_table', 'gates_sentence', 'study_table', 'study_block', 'studies_block', 'compare_rollouts',
-           'target_sentence', 'judge_tests', 'judge_table', 'judge_details', 'judge_sentence', 'judge_cost',
-           'judge_block', 'aims_table', 'tuning_table', 'claims_table', 'claims_block', 'curve_notes']
+           'target_sentence', 'judge_tests', 'policy_name', 'judge_table', 'judge_details', 'judge_sentence',
+           'judge_cost', 'judge_block', 'aims_table', 'tuning_table', 'claims_table', 'claims_block', 'curve_notes']
 
 # %% ../../nbs/56_evidence.tables.ipynb #29f3302c
 import re
@@ -188,8 +188,8 @@ def sampled_table(
     return metrics_table(sampled, names) if names else pd.DataFrame()
 
 # %% ../../nbs/56_evidence.tables.ipynb #gtab0001
-GATES = {"follows_3": "step 3 follows from steps 1 and 2", "follows_4": "step 4 does",
-         "brand_grounded": "the brand is the item's or left open"}
+GATES = {"follows_3": "step 3 follows from steps 1 and 2", "follows_4": "step 4 follows",
+         "brand_grounded": "a brand is the item's, or left open"}
 
 def gates_sentence(
     records: Iterable[dict],  # run records; those of the stage sft count
@@ -200,12 +200,12 @@ def gates_sentence(
     values = {name: shares for name, shares in values.items() if shares}
     if not values: return ""
     def text(name, shares):
-        least = f" (at least {min(shares):.1%})" if len(shares) > 1 else ""
-        return f"{GATES[name]} in {np.mean(shares):.1%}{least}"
+        lowest = f" (lowest seed: {min(shares):.1%})" if len(shares) > 1 else ""
+        return f"{GATES[name]} in {np.mean(shares):.1%}{lowest}"
     low = [GATES[name] for name, shares in values.items() if min(shares) < GATE]
-    verdict = f"Below the gate of {GATE:.0%}: {'; '.join(low)}." if low else f"All pass the gate of {GATE:.0%}."
-    return (f"At the end of fine-tuning, in chains about held-out pairs: {'; '.join(text(*item) for item in values.items())}. "
-            f"{verdict}")
+    verdict = f"**Below the gate:** {'; '.join(low)}." if low else "All pass."
+    return (f"Gates at the end of fine-tuning, at least {GATE:.0%} of chains about held-out pairs: "
+            f"{', '.join(text(*item) for item in values.items())}. {verdict}")
 
 # %% ../../nbs/56_evidence.tables.ipynb #7a220244
 def study_table(
@@ -303,8 +303,8 @@ def target_sentence(
 
 # %% ../../nbs/56_evidence.tables.ipynb #judge001
 JUDGE_METRICS = {"holds": "True", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "auc": "AUC",
-                 "calibration_error": "Calibration error", "wrong_called_good": "Wrong, called good",
-                 "right_called_bad": "Right, called bad"}
+                 "calibration_error": "Calibration error", "wrong_called_good": "Wrong called good",
+                 "right_called_bad": "Right called bad"}
 AIM_JUDGE = {"wrong_called_good": .20, "right_called_bad": .10}  # at most, on steps 1 and 2 of what a policy says (ours)
 
 def judge_tests(
@@ -321,6 +321,12 @@ def judge_tests(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/56_evidence.tables.ipynb #judge003
+def policy_name(
+    arm: str,
+) -> str:
+    "An arm as the policy whose steps are judged."
+    return f"{arm_style(arm)[0]}, before RL" if arm in ("sft", "dpo") else arm_style(arm)[0]
+
 def judge_table(
     tests: pd.DataFrame,  # from `judge_tests`
 ) -> pd.DataFrame:        # a row for each policy, in percent, and one for a judge that always says good
@@ -329,18 +335,19 @@ def judge_table(
     blind = {"accuracy": tests["holds"][0], "holds": tests["holds"][0], "balanced_accuracy": .5, "auc": .5,
              "wrong_called_good": 1., "right_called_bad": 0.}
     both = pd.concat([tests, pd.DataFrame([{"n": tests["n"][0]} | blind])], ignore_index=True)
-    policies = [*(arm_style(arm)[0] for arm in tests["arm"]), "always good"]
+    policies = [*map(policy_name, tests["arm"]), "always good"]
     numbers = {title: both[name].map("{:.1%}".format, na_action="ignore").fillna("") for name, title in JUDGE_METRICS.items()}
     seeds = [*tests["seeds"].astype(str), ""]
     return pd.DataFrame({"Claims of": policies, "Seeds": seeds, "Claims": both["n"].astype(int)} | numbers)
 
 # %% ../../nbs/56_evidence.tables.ipynb #judge004
 def judge_details(
-    records: Iterable[dict],  # run records
+    records: Sequence[dict],  # run records
     by: str,                  # "kind" (of error), "step" or "query type"
 ) -> pd.DataFrame:            # a row for each part and policy; empty without a test
     "The judge's tests in parts: means over seeds; errors of a kind are few, so they are pooled."
-    tables = [read_table(r, "judge.csv").assign(arm=r["arm"]) for r in pick(records, "judge_test") if r["arm"] in MAIN]
+    tests = (r for arm in MAIN for r in pick(records, "judge_test", arm))
+    tables = [read_table(r, "judge.csv").assign(arm=r["arm"]) for r in tests]
     rows = pd.concat(tables or [pd.DataFrame({"by": [], "judge": []})])
     rows = rows[(rows["by"] == by) & (rows["judge"] == "graded")]
     if rows.empty: return rows
@@ -350,8 +357,8 @@ def judge_details(
     numbers = groups["n"].sum()
     shares = groups[names].sum().div(numbers, axis=0) if by == "kind" else groups[names].mean()
     texts = shares.map("{:.1%}".format, na_action="ignore").fillna("").rename(columns=JUDGE_METRICS)
-    texts = texts.assign(Claims=numbers).reset_index()
-    texts["arm"] = [arm_style(arm)[0] for arm in texts["arm"]]
+    texts = texts.assign(Claims=numbers).reset_index().sort_values("name", kind="stable")
+    texts["arm"] = [policy_name(arm) for arm in texts["arm"]]
     return texts.rename(columns={"name": by.capitalize(), "arm": "Claims of"})
 
 # %% ../../nbs/56_evidence.tables.ipynb #judge005
@@ -422,7 +429,7 @@ def aims_table(
             (unreached or share > AIM_ROLLOUTS) and missed, note)
     tests = judge_tests(records) if rows else pd.DataFrame()
     for row, (metric, aimed) in ((row, item) for _, row in tests.iterrows() for item in AIM_JUDGE.items()):
-        aim(f"Judge on what {arm_style(row['arm'])[0]} says, {JUDGE_METRICS[metric].lower()}", f"at most {aimed:.0%}",
+        aim(f"Judge on steps 1 and 2 of {policy_name(row['arm'])}: {JUDGE_METRICS[metric].lower()}", f"at most {aimed:.0%}",
             f"{row[metric]:.1%}", row[metric] > aimed and f"{row[metric] - aimed:.1%}")
     return pd.DataFrame(rows, columns=["Aim", "Wanted", "Reached", "Verdict"])
 
