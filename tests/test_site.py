@@ -7,6 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
+TINY = ROOT / "reports/tiny"   # may be absent, or hold some of the runs
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -56,11 +57,25 @@ def visit(browser, address):
     assert said == []
 
 
+@pytest.fixture(scope="module")
+def groups():
+    "The recorded groups of the live picture; without any, the page has a sentence in its place."
+    from she_nb.serving.live import recorded_groups
+    return recorded_groups(TINY) or pytest.skip("no run has recorded a group yet")
+
+
 def test_the_first_page(visit):
     page = visit("index")
     assert "make book" in page.inner_text("main") and "make test" in page.inner_text("main")
     assert page.evaluate("[...document.querySelectorAll('main img')].every(one => one.complete && one.naturalWidth > 100)")
-    assert page.locator("main img").count() >= 1 and page.locator("div.cell_input").count() == 0   # pictures, and no code
+    assert page.locator("div.cell_input").count() == 0   # no code
+    assert page.locator("main img").count() >= 1 or not (TINY / "figures/arms.svg").is_file()
+
+
+def test_a_sentence_stands_where_nothing_is_recorded(visit):
+    page = visit("index")
+    if page.locator(".live").count(): pytest.skip("a group is recorded")
+    assert "no run has recorded one yet" in page.inner_text("main")
 
 
 def shown(page):
@@ -70,10 +85,9 @@ def shown(page):
         tokens: [...step.querySelectorAll(".t")].map(t => [Number(t.dataset.a), getComputedStyle(t).backgroundColor])})))""")
 
 
-def expected(source, rule, gamma):
-    "What the library gives to the first recorded group; answers that say the same once."
-    from she_nb.serving.live import prefix_counts, recorded_groups, step_advantages, step_labels
-    group = next(iter(recorded_groups(ROOT / "reports/tiny").values()))
+def expected(group, source, rule, gamma):
+    "What the library gives to a recorded group; answers that say the same once."
+    from she_nb.serving.live import prefix_counts, step_advantages, step_labels
     texts = ["".join(said["tokens"]) for said in group["responses"]]
     rows = [texts.index(text) for text in dict.fromkeys(texts)]
     made, divisors, found = step_advantages(step_labels(group), source, rule, gamma), prefix_counts(group), []
@@ -87,7 +101,7 @@ def expected(source, rule, gamma):
 @pytest.mark.parametrize("source, rule, gamma", [
     (0, "srpo_return", 1.0), (0, "grpo", 1.0), (0, "srpo_return", 0.5), (1, "srpo_step", 0.0), (2, "srpo_return", 1.0),
     (0, "lambda_grpo", 1.0), (1, "minimum", 1.0)])
-def test_the_live_picture_shows_what_the_library_says(visit, source, rule, gamma):
+def test_the_live_picture_shows_what_the_library_says(visit, groups, source, rule, gamma):
     from she_nb.serving.live import GAMMAS, PILLS, REWARD_SOURCES
     page = visit("index")
     if rule in PILLS: page.locator(f".live .pill input[value={rule}]").check(force=True)
@@ -96,7 +110,8 @@ def test_the_live_picture_shows_what_the_library_says(visit, source, rule, gamma
     move = "(one, at) => { one.value = at; one.dispatchEvent(new Event('input')); }"
     page.locator(".live .gamma").evaluate(move, GAMMAS.index(gamma))
     page.wait_for_timeout(400)      # the colours fade over
-    found, told = shown(page), expected(list(REWARD_SOURCES)[source], rule, gamma)
+    group = next(iter(groups.values()))
+    found, told = shown(page), expected(group, list(REWARD_SOURCES)[source], rule, gamma)
     assert len(found) == len(told)
     for row, wanted in zip(found, told, strict=True):
         for step, values in zip(row, wanted, strict=True):
@@ -106,7 +121,7 @@ def test_the_live_picture_shows_what_the_library_says(visit, source, rule, gamma
                 assert ("(0, 114, 178" in colour and value > 0 or "(213, 94, 0" in colour and value <= 0)
 
 
-def test_the_live_picture_changes(visit):
+def test_the_live_picture_changes(visit, groups):
     page = visit("index")
     first, sentence = shown(page), page.inner_text(".live .sum")
     page.locator(".live .pill input[value=grpo]").check(force=True)
@@ -115,7 +130,7 @@ def test_the_live_picture_changes(visit):
     assert page.inner_text(".live .query") not in sentence and len(shown(page)) > 1
 
 
-def test_the_live_picture_by_keyboard(visit):
+def test_the_live_picture_by_keyboard(visit, groups):
     page = visit("66_serving.explore")
     page.locator(".live .step[tabindex='0']").focus()
     first = page.inner_text(".live .detail")
@@ -129,7 +144,7 @@ def test_the_live_picture_by_keyboard(visit):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_live_picture_can_be_read(visit, theme):
+def test_the_live_picture_can_be_read(visit, groups, theme):
     "Text on every colour has a contrast of at least 4.5."
     page = visit("index", width=390)
     page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
@@ -149,8 +164,9 @@ def test_the_live_picture_can_be_read(visit, theme):
 
 def test_a_study_begins_with_its_answer(visit):
     page = visit("ablations/credit")
-    tops = [page.locator(f"article {what}").first.bounding_box()["y"]
-            for what in ("h1", "blockquote", "p:has(strong)", "figure img", "h2:has-text('How it was run')", "details")]
+    parts = ("h1", "blockquote", "p:has(strong)", "figure img", "h2:has-text('How it was run')", "details")
+    found = [page.locator(f"article {part}") for part in parts if part != "figure img" or page.locator("article figure").count()]
+    tops = [one.first.bounding_box()["y"] for one in found]   # a study without runs has no picture
     assert tops == sorted(tops)
     assert page.locator("main div.cell_input").filter(visible=True).count() == 0       # all code is folded
 
@@ -217,12 +233,13 @@ def test_dark_is_dark(visit):
 
 def test_claims_can_be_sorted(visit):
     page = visit("claims")
+    if not page.locator("main table").count(): pytest.skip("no claim has two seeds yet")
     numbers = "[...document.querySelectorAll('main table tbody tr')].map(row => parseFloat(row.cells[4].textContent))"
     for turned in (False, True):
         page.locator("main thead th").nth(4).click()
         found = page.evaluate(numbers)
         known = [number for number in found if number == number]  # a claim without this number stands last, either way
-        assert len(known) > 2 and found[:len(known)] == sorted(known, reverse=turned)
+        assert found[:len(known)] == sorted(known, reverse=turned)
 
 
 def test_the_explorer_shows_a_group(visit):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TUNE_SEED', 'compared_arms', 'Book', 'catalog_stem', 'open_book', 'Run', 'make_run', 'SeedPlan', 'ArmPlan',
-           'BookPlan', 'plan', 'has_record', 'has_checkpoint', 'pending', 'delete_marks', 'prune', 'outputs', 'job',
-           'write_book', 'read_book']
+           'BookPlan', 'plan', 'has_record', 'has_checkpoint', 'pending', 'progress_sentence', 'delete_marks', 'prune',
+           'outputs', 'job', 'write_book', 'read_book']
 
 # %% ../../nbs/76_book.graph.ipynb #7372a327
 import hashlib
@@ -311,6 +311,16 @@ def pending(
             queue.append(key)
     if todo: todo.add(runs[-1].key)
     return [run for run in runs if run.key in todo]
+
+# %% ../../nbs/76_book.graph.ipynb #prog0001
+def progress_sentence(
+    book: Book,  # where to look
+) -> str:        # empty where all runs are recorded
+    "How many of the planned runs have a record."
+    runs = [run for run in plan(book) if run.stage != "report"]
+    done = sum(has_record(book, run) for run in runs)
+    if done == len(runs): return ""
+    return f"{done} of {len(runs)} planned runs are recorded so far; `make ablations` makes the others."
 
 # %% ../../nbs/76_book.graph.ipynb #65cefe0d
 def delete_marks(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS_BEFORE', 'PLAIN', 'LIVE', 'CONF', 'STYLE', 'ICON', 'SORT', 'PARTS', 'GENERATED', 'code_digest',
            'outputs_current', 'keep_output', 'run', 'reference_entry', 'reference', 'page', 'is_setup', 'add_tag',
-           'has_figure', 'answer_first', 'verdict', 'contents', 'toctree', 'relocate_links', 'claims_page',
-           'house_page', 'study_verdict', 'write_source', 'setup', 'Links', 'check', 'build']
+           'has_figure', 'answer_first', 'verdict', 'contents', 'toctree', 'relocate_links', 'report_page',
+           'claims_page', 'house_page', 'study_verdict', 'write_source', 'setup', 'Links', 'check', 'build']
 
 # %% ../../nbs/78_book.site.ipynb #16abcb62
 import ast
@@ -28,9 +28,10 @@ from nbformat.v4 import new_markdown_cell
 from .house import EXPORT, chapter_modules, house_figure, imports_of, module_lines
 from .kernels import NotWarm, call
 from .stages import declared
-from ..evidence.evaluate import effects, pick, read_records
+from ..evidence.blocks import escape, table_block
+from ..evidence.evaluate import comparisons_sentence, effects, pick, read_records
 from ..evidence.figures import arm_style, save
-from ..evidence.tables import claims_sentence, claims_table, escape, metric_phrase, table_block
+from ..evidence.tables import CLAIMS_NOTE, claims_sentence, claims_table, metric_phrase
 from ..serving.live import live_html, recorded_groups
 from ..task import BookError, atomic_write
 
@@ -308,6 +309,13 @@ def relocate_links(
     return re.sub(r"(?<!\\)\[([^\]]*)\]\(([^)#\s]*)(#?[^)\s]*)\)", relocated, text)
 
 # %% ../../nbs/78_book.site.ipynb #2f19db77
+def report_page(
+    reports: Path,  # reports/tiny
+) -> str:           # Markdown
+    "The report, or the sentence that there is none yet."
+    file = reports / "report.md"
+    return file.read_text() if file.is_file() else "# The report\n\nNo report is drawn yet; `make ablations` draws it.\n"
+
 def claims_page(
     reports: Path,  # reports/tiny
 ) -> str:           # Markdown
@@ -315,10 +323,8 @@ def claims_page(
     file = reports / "claims.csv"
     if not file.is_file(): return "# Claims\n\nNo claim has been tested yet; `make ablations` tests them.\n"
     tested = pd.read_csv(file, keep_default_na=True)
-    table = table_block(claims_table(tested), "").markdown
-    explanation = ("A claim holds when the 95 % interval of the difference, paired over seeds, lies above zero; it fails when "
-                   "the interval lies below. Otherwise it is undecided, as it always is with one seed. "
-                   "Differences are in points; ✓: holds, ✗: fails. Click a heading to sort.")
+    table = table_block(claims_table(tested), "").markdown if (tested["seeds"] > 1).any() else ""
+    explanation = f"{CLAIMS_NOTE} {comparisons_sentence(tested)} Click a heading to sort."
     return f"# Claims\n\n> {claims_sentence(tested)}\n\n{explanation}\n\n{table}\n"
 
 def house_page(
@@ -353,9 +359,9 @@ def write_source(
     shutil.rmtree(source, ignore_errors=True)
     files = {"conf.py": CONF, "_static/book.css": STYLE, "_static/sort.js": SORT, "_static/icon.svg": ICON}
     for name, text in files.items(): atomic_write(source / name, text)
-    shutil.copytree(root / "reports/tiny/figures", source / "figures")
-    parts, records = contents(root / "nbs"), read_records(root / "reports/tiny")
-    groups = recorded_groups(root / "reports/tiny")
+    reports = root / "reports/tiny"   # may be absent, or hold some of the runs
+    if (reports / "figures").is_dir(): shutil.copytree(reports / "figures", source / "figures")
+    parts, records, groups = contents(root / "nbs"), read_records(reports), recorded_groups(reports)
     live = live_html(groups) if groups else ""
     for name in ["index", *(name for names in parts.values() for name in names)]:
         path = root / "nbs" / f"{name}.ipynb"
@@ -372,7 +378,7 @@ def write_source(
                 if "text/markdown" in data: data["text/markdown"] = relocate_links(data["text/markdown"], name, root, source)
         if name == "index": page_notebook.cells.append(new_markdown_cell(toctree(parts)))
         atomic_write(source / f"{name}.ipynb", nbformat.writes(page_notebook))
-    pages = {"report": (root / "reports/tiny/report.md").read_text(), "claims": claims_page(root / "reports/tiny"),
+    pages = {"report": report_page(reports), "claims": claims_page(reports),
              "house": house_page(root, source), "glossary": (root / "nbs/glossary.md").read_text()}
     for name, text in pages.items(): atomic_write(source / f"{name}.md", text)
     return ["index", *(name for names in parts.values() for name in names)]

@@ -17,9 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from .blocks import escape
 from .evaluate import pick
 from .figures import LOOK, arm_style, canvas
-from .tables import escape
 from ..learning.advantage import CREDIT, advantage
 from ..task import ORDERS, STEPS
 
@@ -120,9 +120,8 @@ def read_groups(
     record: dict,   # of an evaluation
 ) -> list[dict]:    # its sampled groups; none where it kept none
     "The groups that an evaluation sampled, in the order of its pairs."
-    file, old_file = (Path(record["folder"]) / name for name in ("groups.json.gz", "group.json"))
-    if file.exists(): return json.loads(gzip.decompress(file.read_bytes()))
-    return [json.loads(old_file.read_text(encoding="utf-8"))] if old_file.exists() else []   # earlier records kept one
+    file = Path(record["folder"]) / "groups.json.gz"
+    return json.loads(gzip.decompress(file.read_bytes())) if file.exists() else []
 
 # %% ../../nbs/57_evidence.credit.ipynb #b7de6f21
 def _right(group):

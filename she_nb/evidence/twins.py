@@ -15,9 +15,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .evaluate import by_seed, paired_difference, seed_interval
+from .blocks import Block, figure_block, join_blocks, table_block, text_block
+from .evaluate import by_seed, compare
 from .figures import LOOK, STUDY_METRICS, arm_style, canvas
-from .tables import Block, figure_block, join_blocks, table_block, text_block
+from .metrics import seed_interval
 
 # %% ../../nbs/59_evidence.twins.ipynb #5a2509f0
 TWIN_METRICS = ("balanced/macro_f1", "balanced/all_steps")
@@ -30,9 +31,7 @@ def twin_leads(
     "Paired differences of each arm from its twin."
     records, rows = list(records), []
     for arm, rival, name in ((arm, rival, name) for arm, rival in twins for name in names):
-        ours, theirs = by_seed(records, arm, name), by_seed(records, rival, name)
-        if not set(ours) & set(theirs): continue
-        lead = paired_difference(ours, theirs)
+        if (lead := compare(records, arm, rival, name)) is None: continue
         rows.append((arm, rival, name, lead.n, lead.mean, lead.low, lead.high))
     return pd.DataFrame(rows, columns=["arm", "rival", "metric", "seeds", "effect", "ci_low", "ci_high"])
 
