@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .graph import Book, Run, catalog_stem, delete_marks, has_record, open_book, pending, plan, prune, write_book
 from .kernels import warm
@@ -291,10 +292,11 @@ def outputs_command(args) -> None:  # args: notebooks, cores
     paths = [Path(path).resolve() for path in args.notebooks]
     if not paths: paths = [path for path in notebooks if not outputs_current(nbformat.read(path, 4))]
     if missing := [path for path in paths if not path.is_file()]: raise BookError(f"{missing[0]}: there is no such notebook.")
-    os.environ |= {"OMP_NUM_THREADS": "1", "SHE_NB_MADE": os.environ.get("SHE_NB_MADE") or str(root() / "work/made")}
-    with warm(), ThreadPoolExecutor(max(args.cores, 1)) as workers:
-        for number, (path, _) in enumerate(zip(paths, workers.map(run, paths), strict=True), 1):
-            print(f"{number} of {len(paths)}  {path.relative_to(root())}", flush=True)
+    with TemporaryDirectory(prefix="she-nb-") as folder:   # what earlier stages make is shared by these runs alone: code changes
+        os.environ |= {"OMP_NUM_THREADS": "1", "SHE_NB_MADE": os.environ.get("SHE_NB_MADE") or folder}
+        with warm(), ThreadPoolExecutor(max(args.cores, 1)) as workers:
+            for number, (path, _) in enumerate(zip(paths, workers.map(run, paths), strict=True), 1):
+                print(f"{number} of {len(paths)}  {path.relative_to(root())}", flush=True)
     if not paths: print("The outputs of all notebooks are those of their code.")
 
 # %% ../../nbs/80_book.cli.ipynb #b7f0542d
