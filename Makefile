@@ -36,7 +36,6 @@ test: .venv/.test
 
 # run the notebooks whose code changed, and keep what they show
 outputs: .venv/.test
-	@rm -rf work/made
 	@exec $(BIN)/she-nb outputs $(if $(CORES),--cores $(CORES))
 
 site: .venv/.test
