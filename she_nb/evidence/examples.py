@@ -106,7 +106,7 @@ def example_group() -> dict:  # one sampled group, invented
         tokens = re.findall(r"\s?\S+", chain)
         ids = list(np.cumsum([token.strip().startswith("<") for token in tokens]) - 1)
         responses.append({"tokens": tokens, "step_ids": [int(k) for k in ids], "rewards": [float(r) for r in right]})
-    return {"prompt": "query : red trainers not leather\nitem : blue trainers\n", "truth_text": render(EXAMPLE_TRUTH),
+    return {"prompt": "query: red trainers not leather\nitem: blue trainers\n", "truth_text": render(EXAMPLE_TRUTH),
             "gamma": 1.0, "responses": responses}
 
 # %% ../../nbs/53_evidence.examples.ipynb #a787c652

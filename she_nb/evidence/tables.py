@@ -233,8 +233,8 @@ def study_block(
     shared = set.intersection(*({record["seed"] for record in arm_runs} for arm_runs in runs))
     differences = effects(records, arms, against)
     results = summary(record for arm_runs in runs for record in arm_runs if record["seed"] in shared)
-    caption = (f"**Paired differences from {arm_style(against)[0]}** over shared seeds on the balanced test, "
-               "with 95 % t intervals; hollow: one seed.")
+    caption = (f"**Paired differences from {arm_style(against)[0]}** over shared seeds and their pairs on the balanced test, "
+               "with 95 % intervals; hollow: one seed.")
     picture = figure_block(effects_figure(differences, against), path, caption)
     lines = [f"- {arm_style(row.arm)[0]}, {metric_phrase(row.metric)}: "
              f"{effect_sentence(Interval(row.effect, np.nan, row.ci_low, row.ci_high, row.seeds))}"

@@ -73,8 +73,8 @@ def twins_block(
 ) -> Block:               # the figure, and a table in points
     "The leads of a study's twins."
     if leads.empty: return text_block("No two twins have run with the same seed yet.")
-    picture = figure_block(twins_figure(leads), path, "**The lead over the twin**, paired over seeds, with 95 % t intervals; "
-                           "hollow: one seed.")
+    caption = "**The lead over the twin**, paired over seeds and pairs, with 95 % intervals; hollow: one seed."
+    picture = figure_block(twins_figure(leads), path, caption)
     texts = leads.assign(lead=[_in_points(row) for row in leads.itertuples()], metric=leads["metric"].map(STUDY_METRICS.get))
     table = texts.pivot_table("lead", ["arm", "rival", "seeds"], "metric", "first", sort=False).reset_index()
     for column in ("arm", "rival"): table[column] = [arm_style(arm)[0] for arm in table[column]]
