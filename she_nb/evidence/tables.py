@@ -402,8 +402,8 @@ def judge_block(
 
 # %% ../../nbs/56_evidence.tables.ipynb #ec1b784d
 AIMS = {("srpo", "sft", "balanced/macro_f1"): .10, ("srpo", "grpo", "balanced/macro_f1"): .03,
-        ("srpo", "grpo", "balanced/all_steps"): .10}  # arm, rival, metric -> how far ahead (ours)
-AIM_ROLLOUTS = 1 / 3  # share of GRPO's rollouts (ours)
+        ("srpo", "grpo", "balanced/all_steps"): .15, ("srpo", "grpo", "wild/all_steps"): .07}  # arm, rival, metric -> how far ahead (ours)
+AIM_ROLLOUTS = 1 / 4  # share of GRPO's rollouts (ours)
 
 def aims_table(
     records: Iterable[dict],  # run records
