@@ -401,8 +401,9 @@ def judge_block(
                         *(fold_block(table_block(rows), line) for rows, line in details if len(rows))])
 
 # %% ../../nbs/56_evidence.tables.ipynb #ec1b784d
+# arm, rival, metric -> how far ahead (ours)
 AIMS = {("srpo", "sft", "balanced/macro_f1"): .10, ("srpo", "grpo", "balanced/macro_f1"): .03,
-        ("srpo", "grpo", "balanced/all_steps"): .15, ("srpo", "grpo", "wild/all_steps"): .07}  # arm, rival, metric -> how far ahead (ours)
+        ("srpo", "grpo", "balanced/all_steps"): .15, ("srpo", "grpo", "wild/all_steps"): .07}
 AIM_ROLLOUTS = 1 / 4  # share of GRPO's rollouts (ours)
 
 def aims_table(
