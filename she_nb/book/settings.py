@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'CHOICES', 'SETTING_TYPES', 'TYPE_NAMES', 'RULES', 'RL_CHANGES', 'CHANGES', 'READ_BY', 'TaskSettings',
-           'WarmSettings', 'Settings', 'arms_of', 'variant', 'presets', 'load_settings', 'settings_table']
+           'WarmSettings', 'LearningSettings', 'Settings', 'arms_of', 'variant', 'presets', 'load_settings',
+           'settings_table']
 
 # %% ../../nbs/70_book.settings.ipynb #fc81721e
 import re
@@ -68,8 +69,8 @@ class WarmSettings(TaskSettings):
 
 # %% ../../nbs/70_book.settings.ipynb #1de13f19
 @dataclass(frozen=True)
-class Settings(WarmSettings):
-    "One preset of settings.ini, every value checked (sources of the values stand in the file)."
+class LearningSettings(WarmSettings):
+    "How much, how fast and by which rule reinforcement learning learns."
     rl_steps: int  # optimizer steps of reinforcement learning
     prompts_per_step: int  # prompts in a step
     group_size: int  # responses per prompt
@@ -85,6 +86,11 @@ class Settings(WarmSettings):
     clip_epsilon: float  # PPO clipping range
     gae_lambda: float  # of PPO's advantages: 0 trusts the critic, 1 the outcome
     critic_steps: int  # optimizer steps in which PPO's critic is fitted before RL begins
+
+# %% ../../nbs/70_book.settings.ipynb #setbook1
+@dataclass(frozen=True)
+class Settings(LearningSettings):
+    "One preset of settings.ini, every value checked (sources of the values stand in the file)."
     arms: tuple[str, ...]  # what is compared
     seeds: tuple[int, ...]  # seeds of `she-nb book`
     ablation_seeds: tuple[int, ...]  # seeds of `she-nb ablations`

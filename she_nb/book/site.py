@@ -202,7 +202,7 @@ def verdict(
     if differences.empty: return "**Undecided:** no two arms have more than one seed in common yet."
     outcomes = ["behind" if row.ci_high < 0 else "ahead" if row.ci_low > 0 else "level" for row in differences.itertuples()]
     rival, sentences = arm_style(against)[0], []
-    openings = {"ahead": f"Ahead of {rival}", "behind": f"Behind {rival}", "level": f"No difference from {rival} found"}
+    openings = {"ahead": f"Ahead of {rival}", "behind": f"Behind {rival}", "level": f"Undecided against {rival}"}
     metric_count = differences["metric"].nunique()
     for outcome, opening in openings.items():
         rows = differences[[value == outcome for value in outcomes]]

@@ -123,7 +123,8 @@ def summary(
             if not (values := by_seed(own, arm, name)): continue
             low, high = ({s: v for s, v in by_seed(own, arm, name + end).items() if s in values} for end in ("_low", "_high"))
             interval = pooled_interval(values, low, high)
-            rows.append((arm, name, interval.n, interval.mean, interval.std, interval.low, interval.high))
+            low, high = np.clip((interval.low, interval.high), -1. if name.endswith("qwk") else 0., 1.)   # no share lies outside
+            rows.append((arm, name, interval.n, interval.mean, interval.std, low, high))
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #f8cdcf3c
@@ -174,7 +175,7 @@ CLAIMS |= {
     ("srpo_kl", "srpo"): ("a KL term helps", "ours"),
     ("srpo_120", "srpo"): ("three times the steps help", "ours")}
 CAVEATS = {  # (better, worse) -> what a reader of that difference must know; it is shown beside the claim
-    ("sft", rival): "The rival stays near chance, which is no fair verdict on labels: more steps or other rates were not tried."
+    ("sft", rival): "No fair verdict on labels: the rival took the chains' steps and rate, and no others were tried."
     for rival in ("sft_label_only", "sft_answer_first")}
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #c1694dfb
@@ -195,7 +196,7 @@ def effect_sentence(
     if effect.n < 2: return f"{size} {direction} in one seed, which may be chance."
     low, high = (f"{100 * value:+.1f}" for value in (effect.low, effect.high))
     if verdict(effect) == "undecided":
-        return f"{size} {direction} on the mean of {seeds}, which fit anything from {low} to {high}: no difference was found."
+        return f"{size} {direction} on the mean of {seeds}, which fit anything from {low} to {high}: undecided."
     least = min(abs(effect.low), abs(effect.high))
     bound = "and hardly more than nothing" if least < .005 else f"and at least {100 * least:.1f}"
     return f"{size} {direction} over {seeds}, {bound}, with 95 % confidence."
@@ -237,10 +238,10 @@ def comparisons_sentence(
     if tested.empty: return "No comparison has more than one seed."
     paper = int((tested["source"] == "paper").sum())
     other = len(tested) - paper
-    counted = f"Of {len(tested)} comparisons, {paper} test what the paper says and have a second verdict that counts them"
-    if not other: return f"{counted} (Holm)."
-    return (f"{counted} (Holm); for the other {other} nothing is corrected, and about {other / 20:.0f} of them "
-            "would hold or fail by chance if there were no differences at all.")
+    counted = f"The {paper} that test what the paper says have a second verdict, which counts them (Holm)"
+    if not other: return f"{counted}."
+    return (f"{counted}; the other {other} are not corrected, and about {other / 20:.0f} of them would hold or fail by chance "
+            "if there were no differences at all.")
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #f04bd323
 def effects(

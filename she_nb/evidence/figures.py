@@ -262,7 +262,10 @@ CURVES |= {
     "explained_variance": ("Critic explains", "share", "the outcome's variance over tokens that the critic's values take away",
                            "near 0: it knows no more than a constant; below: it misleads"),
     "score_seconds": ("Scoring", "s a step", "wall time of parsing, verifying and credit", "not small beside a step"),
-    "judge_seconds": ("Judging", "s a step", "wall time of the judge, where steps are sent to one", "not small beside a step"),
+    "judge_seconds": ("Judging", "s a step", "wall time of the judge, where steps are sent to one", "not small beside a step")}
+
+# %% ../../nbs/54_evidence.figures.ipynb #figcurv2
+CURVES |= {
     **{f"agreement_{k}": (f"Reward agrees, step {k}", "share", f"rewards of step {k}, cut at one half, that are the truth",
                           "falling: the policy learns to please the judge") for k in range(1, 6)},
     "wrong_rewarded": ("Wrong but rewarded", "share", "steps 1 to 4 of right answers that are wrong and were pushed up",

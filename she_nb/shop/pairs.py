@@ -6,8 +6,9 @@
 __all__ = ['ASK', 'CANDIDATES', 'TEST_SHARE', 'UNIFORM_TYPES', 'WILD_TYPES', 'PATIENCE', 'SHOWN_SLIPS', 'HIDDEN_SLIPS', 'SLIPS',
            'wishable', 'stated_values', 'category_name', 'item_value', 'Request', 'sample_synonym', 'sample_wishes',
            'ask_plain', 'ask_negation', 'in_words', 'ask_alternative', 'ask_knowledge', 'ask_question', 'Shelves',
-           'true_steps', 'split_of', 'draw_pair', 'build_pairs', 'words_of', 'Annotator', 'annotate_all', 'Data',
-           'wish_shares', 'make_data', 'leaks', 'save_data', 'load_part', 'response_limit']
+           'true_steps', 'split_of', 'draw_pair', 'build_pairs', 'words_of', 'Annotator', 'misread_query',
+           'misread_value', 'compare_hastily', 'annotate', 'annotate_all', 'Data', 'wish_shares', 'make_data', 'leaks',
+           'save_data', 'load_part', 'response_limit']
 
 # %% ../../nbs/14_shop.pairs.ipynb #c002
 import json
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from .catalog import Catalog, Product
@@ -303,7 +305,7 @@ class Annotator:
     "A fallible teacher who knows a catalogue; one random generator makes its slips."
     paths: dict[str, tuple[str, ...]]         # category, as `category_name` gives it -> path
     siblings: dict[str, list[str]]            # category -> its sibling categories
-    confusions: dict[tuple[str, str], str]    # attribute and value -> the value that it is taken for
+    confusions: dict[tuple[str, str], str]    # attribute and value -> the value that it is taken for; the last has none
     slips: dict[str, float]                   # an entry of SLIPS
     rng: random.Random
 
@@ -314,54 +316,54 @@ class Annotator:
         siblings = {a: [b for b in paths if relate(paths[a], paths[b]) == "related"] for a in paths}
         values = sorted({(name, value) for product in catalog.products for name, stated in product.attributes.items()
                          for value in stated if wishable(value)})
-        following = zip(values, [*values[1:], *values[:1]], strict=True)
-        confusions = {(name, value): other for (name, value), (other_name, other) in following if name == other_name}
+        confusions = {(name, value): other for (name, value), (other_name, other) in pairwise(values) if name == other_name}
         return cls(paths, siblings, confusions, slips, random.Random(seed))
 
     def errs(self, slip: str) -> bool: return self.rng.random() < self.slips[slip]
 
-    def query(self, pair: Pair) -> tuple[str, list[Wish]]:
-        "Step 1: the category and the wishes, as they are understood."
-        category, wishes = pair.truth.query_category, list(pair.truth.wishes)
-        wishes = [replace(wish, op="is") if wish.op == "not" and self.errs("negation_as_wish") else wish for wish in wishes]
-        if self.errs("price_dropped"): wishes = [wish for wish in wishes if wish.op != "below"]
-        if len(wishes) > 2 and self.errs("wish_dropped"): del wishes[1]
-        siblings = self.siblings.get(category)
-        if pair.query_type in ("knowledge", "alternative") and siblings and self.errs("brand_misplaced"):
-            category = siblings[zlib.crc32(pair.query.encode()) % len(siblings)]
-        return category, wishes
+# %% ../../nbs/14_shop.pairs.ipynb #p041q
+def misread_query(annotator: Annotator, pair: Pair) -> tuple[str, list[Wish]]:
+    "Step 1: the category and the wishes, as they are understood."
+    category, wishes, errs = pair.truth.query_category, list(pair.truth.wishes), annotator.errs
+    wishes = [replace(wish, op="is") if wish.op == "not" and errs("negation_as_wish") else wish for wish in wishes]
+    if errs("price_dropped"): wishes = [wish for wish in wishes if wish.op != "below"]
+    if len(wishes) > 2 and errs("wish_dropped"): del wishes[1]
+    siblings = annotator.siblings.get(category)
+    if pair.query_type in ("knowledge", "alternative") and siblings and errs("brand_misplaced"):
+        category = siblings[zlib.crc32(pair.query.encode()) % len(siblings)]
+    return category, wishes
 
-    def value(self, wish: Wish, value: str, item: str) -> str:
-        "Step 2, for one wish: a value stated by a synonym is missed more often than a literal one."
-        if self.errs("value_missed" if f" {words_of(value)} " in item else "synonym_missed"): return "unknown"
-        confused = self.confusions.get((wish.name, value), value)
-        return confused if wish.value not in (value, confused) and self.errs("value_confused") else value
+def misread_value(annotator: Annotator, wish: Wish, value: str, item: str) -> str:
+    "Step 2, for one wish: a value stated by a synonym is missed more often than a literal one."
+    if annotator.errs("value_missed" if f" {words_of(value)} " in item else "synonym_missed"): return "unknown"
+    confused = annotator.confusions.get((wish.name, value), value)
+    return confused if wish.value not in (value, confused) and annotator.errs("value_confused") else value
 
-    def attributes(self, wishes: list[Wish], values: dict[str, str]) -> dict[str, str]:
-        "Step 4: each verdict by the rule, as far as the annotator reads."
-        verdicts = {wish.name: verdict(wish, values[wish.name]) for wish in wishes}
-        if "contradicted" not in verdicts.values() or not self.errs("stopped_early"): return verdicts
-        count = list(verdicts.values()).index("contradicted") + 1
-        return dict(list(verdicts.items())[:count])
+def compare_hastily(annotator: Annotator, wishes: list[Wish], values: dict[str, str]) -> dict[str, str]:
+    "Step 4: each verdict by the rule, as far as the annotator goes on."
+    verdicts = {wish.name: verdict(wish, values[wish.name]) for wish in wishes}
+    if "contradicted" not in verdicts.values() or not annotator.errs("stopped_early"): return verdicts
+    count = list(verdicts.values()).index("contradicted") + 1
+    return dict(list(verdicts.items())[:count])
 
-    def tier(self, relation: str, verdicts: dict[str, str]) -> int:
-        "Step 5, leniently."
-        tier = tier_of(relation, verdicts)
-        if tier == 3 and self.errs("related_to_excellent"): return 4
-        return 3 if tier == 2 and self.errs("mismatch_to_related") else tier
-
-    def __call__(self, pair: Pair) -> StepTruth:  # all fields set
-        "The chain of the teacher; an error propagates to the later steps."
-        category, wishes = self.query(pair)
-        item_category = pair.truth.item_category
-        relation = relate(self.paths[category], self.paths[item_category])
-        if relation == "related" and self.errs("sibling_accepted"): item_category, relation = category, "same"
-        item = f" {words_of(pair.item)} "
-        skimmed = relation == "unrelated" and self.errs("item_skimmed")
-        values = {wish.name: "unknown" if skimmed else self.value(wish, pair.truth.values[wish.name], item) for wish in wishes}
-        verdicts = self.attributes(wishes, values)
-        return StepTruth(category, tuple(wishes), item_category, values, relation, verdicts,
-                         self.tier(relation, verdicts))
+# %% ../../nbs/14_shop.pairs.ipynb #p041r
+def annotate(
+    annotator: Annotator,
+    pair: Pair,
+) -> StepTruth:  # all fields set; an error propagates to the later steps
+    "The chain of a fallible teacher."
+    category, wishes = misread_query(annotator, pair)
+    item_category, item = pair.truth.item_category, f" {words_of(pair.item)} "
+    relation = relate(annotator.paths[category], annotator.paths[item_category])
+    if relation == "related" and annotator.errs("sibling_accepted"): item_category, relation = category, "same"
+    skimmed = relation == "unrelated" and annotator.errs("item_skimmed")
+    values = {wish.name: "unknown" if skimmed else misread_value(annotator, wish, pair.truth.values[wish.name], item)
+              for wish in wishes}
+    verdicts = compare_hastily(annotator, wishes, values)
+    tier = tier_of(relation, verdicts)
+    if tier == 3 and annotator.errs("related_to_excellent"): tier = 4
+    elif tier == 2 and annotator.errs("mismatch_to_related"): tier = 3
+    return StepTruth(category, tuple(wishes), item_category, values, relation, verdicts, tier)
 
 # %% ../../nbs/14_shop.pairs.ipynb #c043
 def annotate_all(
@@ -371,7 +373,8 @@ def annotate_all(
     slips: str = "all",  # a key of SLIPS
 ) -> list[StepTruth]:
     "Annotate many pairs by one annotator."
-    return list(map(Annotator.of(catalog, SLIPS[slips], seed), pairs))
+    annotator = Annotator.of(catalog, SLIPS[slips], seed)
+    return [annotate(annotator, pair) for pair in pairs]
 
 # %% ../../nbs/14_shop.pairs.ipynb #c048
 @dataclass(frozen=True)
@@ -395,6 +398,7 @@ def wish_shares(
         raise BookError(f"wishes = {text} are no shares; write those of queries with one wish, two, ..., as in 0.1,0.2,0.4,0.3.")
     return shares
 
+# %% ../../nbs/14_shop.pairs.ipynb #p048m
 def make_data(
     catalog: Catalog,
     sft_pairs: int,
