@@ -252,8 +252,7 @@ def stage_command(args) -> None:  # args: stage, params_file, output, log, p
     except Exception as error:
         error_name = "BookError" if isinstance(error, BookError) else "StageError"
         text = str(error) if isinstance(error, (BookError, StageError)) else f"{type(error).__name__}: {error}."
-        if args.params_file:
-            shutil.rmtree(arguments["out"], ignore_errors=True)
+        if args.params_file:  # its checkpoints stay: the same command continues from them
             atomic_write(log.with_suffix(".error"), f"{error_name} {text}")
         raise
     print(f"{args.stage}: {output}")

@@ -305,9 +305,8 @@ def target_sentence(
                                  "timed on the way to its own end too, and the difference counts."])
 
 # %% ../../nbs/56_evidence.tables.ipynb #judge001
-JUDGE_METRICS = {"holds": "True", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "auc": "AUC",
-                 "calibration_error": "Calibration error", "wrong_called_good": "Wrong called good",
-                 "right_called_bad": "Right called bad"}
+JUDGE_METRICS = {"holds": "True", "balanced_accuracy": "Balanced accuracy", "wrong_called_good": "Wrong called good",
+                 "right_called_bad": "Right called bad", "auc": "AUC", "calibration_error": "Calibration"}
 AIM_JUDGE = {"wrong_called_good": .20, "right_called_bad": .10}  # at most, on steps 1 and 2 of what a policy says (ours)
 
 def judge_tests(
@@ -335,8 +334,7 @@ def judge_table(
 ) -> pd.DataFrame:        # a row for each policy, in percent, and one for a judge that always says good
     "The judge on the open steps, as texts."
     if tests.empty: return pd.DataFrame()
-    blind = {"accuracy": tests["holds"][0], "holds": tests["holds"][0], "balanced_accuracy": .5, "auc": .5,
-             "wrong_called_good": 1., "right_called_bad": 0.}
+    blind = {"holds": tests["holds"][0], "balanced_accuracy": .5, "auc": .5, "wrong_called_good": 1., "right_called_bad": 0.}
     both = pd.concat([tests, pd.DataFrame([{"n": tests["n"][0]} | blind])], ignore_index=True)
     policies = [*map(policy_name, tests["arm"]), "always good"]
     numbers = {title: both[name].map("{:.1%}".format, na_action="ignore").fillna("") for name, title in JUDGE_METRICS.items()}
@@ -397,7 +395,7 @@ def judge_block(
     records, tests = list(records), judge_tests(records)
     if tests.empty: return join_blocks([])
     aims = ", ".join(f"{JUDGE_METRICS[name].lower()}: at most {aimed:.0%}" for name, aimed in AIM_JUDGE.items())
-    base = "The last row always says good: right as often as claims are true."
+    base = "The last row always says good. Calibration: the mean error of the value as a probability."
     caption = f"Steps 1 and 2 of responses to held-out pairs. Aims: {aims}. {base} {judge_sentence(records)} {judge_cost(log)}"
     details = [(judge_details(records, by), summary_line) for by, summary_line in FOLDED.items()]
     return join_blocks([table_block(judge_table(tests), caption.strip()),

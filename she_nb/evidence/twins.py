@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .blocks import Block, figure_block, join_blocks, table_block, text_block
-from .evaluate import by_seed, compare
+from .evaluate import by_seed, effects
 from .figures import LOOK, STUDY_METRICS, arm_style, canvas
 from .metrics import seed_interval
 
@@ -27,21 +27,19 @@ def twin_leads(
     records: Iterable[dict],             # run records; those of the stage evaluate count
     twins: Iterable[tuple[str, str]],    # an arm, and the arm that it is held against
     names: Sequence[str] = TWIN_METRICS,  # metrics
-) -> pd.DataFrame:  # a row for each pair and metric that share a seed: arm, rival, metric, seeds, effect, ci_low, ci_high
+) -> pd.DataFrame:  # a row for each pair and metric that share a seed: as `effects`, with the rival behind the arm
     "Paired differences of each arm from its twin."
-    records, rows = list(records), []
-    for arm, rival, name in ((arm, rival, name) for arm, rival in twins for name in names):
-        if (lead := compare(records, arm, rival, name)) is None: continue
-        rows.append((arm, rival, name, lead.n, lead.mean, lead.low, lead.high))
-    return pd.DataFrame(rows, columns=["arm", "rival", "metric", "seeds", "effect", "ci_low", "ci_high"])
+    records = list(records)
+    leads = pd.concat([effects(records, [arm], rival, names).assign(rival=rival) for arm, rival in twins], ignore_index=True)
+    return leads[["arm", "rival", "metric", "seeds", "effect", "ci_low", "ci_high"]]
 
 # %% ../../nbs/59_evidence.twins.ipynb #627b3fec
 def _lead_point(ax, x, y, row, colour, vertical=False):
     "A lead in points with its interval; hollow: one seed."
     effect, low, high = 100 * np.array([row.effect, row.ci_low, row.ci_high], float)
-    bars = {"mfc": "white"} if not np.isfinite(low) else {"yerr" if vertical else "xerr": [[effect - low], [high - effect]]}
+    bars = {"yerr" if vertical else "xerr": [[effect - low], [high - effect]]} if np.isfinite(low) else {}
     place = (x, effect) if vertical else (effect, y)
-    ax.errorbar(*place, fmt="o", color=colour, ms=8, elinewidth=2.2, **bars)
+    ax.errorbar(*place, fmt="o", color=colour, mfc=colour if row.seeds > 1 else "white", ms=8, elinewidth=2.2, **bars)
 
 # %% ../../nbs/59_evidence.twins.ipynb #d468c868
 def twins_figure(
