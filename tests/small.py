@@ -110,7 +110,7 @@ def rows(trainer):
             for row in trainer.state.log_history if "train_runtime" not in row]
 
 
-def weights(model): return torch.cat([each.detach().flatten() for each in model.parameters()])
+def weights(model): return torch.cat([each.detach().flatten().cpu() for each in model.parameters()])
 
 
 def moved(run, before): return (weights(run.model) - weights(before)).abs().max() > 1e-3
