@@ -24,7 +24,7 @@ from pathlib import Path
 
 import she_nb
 from .columns import Mapping
-from .feeds import Feed, Reading
+from .feeds import Feed, Reading, named_counts
 from .nested import named
 from ..task import BANDS, BookError, atomic_write, relate
 
@@ -229,6 +229,7 @@ def read_products(
     products, bad = check_rows(feed, allowed)
     reading = feed.reading
     if not reading.rows: raise BookError(f"{path}: is empty; a catalogue has one product a row.")
+    if not products and not bad: raise BookError(f"{path}: holds no product, but {named_counts(reading.skipped)}.")
     if len(bad) > skip_bad * reading.rows: raise_row_errors(str(path), reading.rows, bad)
     reading.bad, reading.products = bad, len(products)
     return products, reading

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['cached_levels', 'SHORTENED', 'RULED', 'ROWS', 'Reading', 'named_counts', 'warnings_of', 'name_of', 'own_name', 'Feed',
            'survey', 'counted', 'stated', 'price_of', 'category_of', 'attributes_of', 'fields_of', 'finished',
-           'plain_rows', 'inherited', 'variant_rows', 'see_woo', 'woo_rows', 'see_magento', 'magento_rows']
+           'plain_rows', 'usable', 'inherited', 'variant_rows', 'see_woo', 'woo_rows', 'see_magento', 'magento_rows',
+           'product_rows']
 
 # %% ../../nbs/11_shop.feeds.ipynb #c002
 import re
@@ -56,7 +57,8 @@ def warnings_of(reading: Reading) -> list[str]:
     if reading.dropped: said.append(f"attributes left out, as nested, too long or codes: {named_counts(reading.dropped)}")
     if reading.unused:
         more = f" and {len(reading.unused) - 8} more" if len(reading.unused) > 8 else ""
-        said.append(f"columns not read: {', '.join(name[:30] for name in reading.unused[:8])}{more}; name one attr:color, or list it under "
+        said.append(f"columns not read: {', '.join(name[:30] for name in reading.unused[:8])}{more}; name one attr:color, or "
+                    f"list it under "
                     "[attributes] of a mapping, and it is an attribute")
     if reading.bad: said.append(f"{len(reading.bad):,} bad rows were left out")
     return said
@@ -106,12 +108,15 @@ class Feed:
         except BookError as error: raise error if str(error).startswith(str(path)) else BookError(f"{path}: {error}") from None
 
     def __iter__(self) -> Iterator[Row]:
-        self.reading = Reading(str(self.table.name), self.table.form, self.mapping, currency=self.reading.currency, unused=self.reading.unused,
+        self.reading = Reading(str(self.table.name), self.table.form, self.mapping, currency=self.reading.currency,
+                               unused=self.reading.unused,
                                notes=[] if self.mapping.paths or len(self.mapping.category) > 1 else self.paths.warnings())
-        return ROWS[self.mapping.rows](self, counted(self))
+        rows = ROWS[self.mapping.rows](self, counted(self))
+        return rows if self.mapping.layout == "our own form" else usable(self, rows)
 
 # %% ../../nbs/11_shop.feeds.ipynb #c013
-RULED = {"parents": ("type", "sku", "parent", "id"), "views": ("storeviewcode", "configurablevariations")}  # read by rules about rows
+RULED = {"parents": ("type", "sku", "parent", "id"), "views": ("storeviewcode",
+                                                               "configurablevariations")}  # read by rules about rows
 
 def survey(feed: Feed) -> None:
     "See all rows once: the forms of categories and prices, ids that Excel shortened, parents, names of fields."
@@ -123,14 +128,16 @@ def survey(feed: Feed) -> None:
     for _, row in feed.table:
         if isinstance(row, BookError): continue
         if isinstance(value := row.get(price), str): feed.prices.see(value)
-        if value and currency and isinstance(code := row.get(currency), str) and code.strip(): feed.prices.see(f"1 {code.strip()}")
+        if value and currency and isinstance(code := row.get(currency),
+                                             str) and code.strip(): feed.prices.see(f"1 {code.strip()}")
         if isinstance(value := row.get(category), str) and value: feed.paths.see(value)
         if isinstance(value := row.get(number), str) and value:
             ids += 1
             if value[-3:-1] in ("+0", "+1") and SHORTENED.fullmatch(value): shortened, example = shortened + 1, value
         see_parent(feed, row)
     if shortened > ids / 2:
-        raise BookError(f"{feed.table.name}: Excel has shortened the ids, as {example}; export them as text, or remove the column.")
+        raise BookError(f"{feed.table.name}: Excel has shortened the ids, as {example}; export them as text, or remove the "
+                        f"column.")
     used = mapping.columns | {feed.columns.get(name) for name in RULED.get(mapping.rows, ())}
     feed.reading.unused = tuple(name for name in names if name not in used)
 
@@ -155,7 +162,8 @@ def price_of(feed: Feed, value, problems: list[str]) -> float | None:
     if isinstance(value, (int, float)): price = float(value)
     elif not isinstance(value, str) or not value.strip(): return None
     elif not (parts := money(value)):
-        feed.reading.prices["words"] += not set(value) <= set("-–— ") and value.strip().lower() not in ("nan", "none", "null", "n/a", "na")
+        feed.reading.prices["words"] += not set(value) <= set("-–— ") and value.strip().lower() not in ("nan", "none", "null",
+            "n/a", "na")
         return None
     elif (price := amount(parts[1], feed.decimal)) is None:
         problems.append(f"price {value[:40]!r} is no number with the decimal mark {feed.decimal!r}; correct it or leave it out")
@@ -180,25 +188,31 @@ def category_of(feed: Feed, row: dict) -> list[str]:
 # %% ../../nbs/11_shop.feeds.ipynb #c017
 def attributes_of(feed: Feed, row: dict, problems: list[str]) -> dict[str, list[str]]:
     "The attributes that a row states."
-    mapping, pairs = feed.mapping, [(name, row[column]) for name, column in feed.mapping.attributes.items() if stated(row, column)]
+    mapping, pairs = feed.mapping, [(name, row[column]) for name, column in feed.mapping.attributes.items() if stated(row,
+        column)]
     for column in mapping.details:
         try: pairs += pairs_of(row.get(column))
         except BookError as error:
             if mapping.layout == "our own form": problems.append(f"{column} {error}")
             else: feed.reading.dropped[column] += 1
-    pairs += [(name_of(row[name]), row[column]) for name, column in mapping.options.items() if stated(row, name) and stated(row, column)]
-    return read_details(((name, value) for name, value in pairs if (name, value) != ("Title", "Default Title")), feed.reading.dropped)
+    pairs += [(name_of(row[name]), row[column]) for name, column in mapping.options.items() if stated(row, name) and stated(row,
+        column)]
+    return read_details(((name, value) for name, value in pairs if (name, value) != ("Title", "Default Title")),
+                        feed.reading.dropped)
 
 # %% ../../nbs/11_shop.feeds.ipynb #c018
 def fields_of(feed: Feed, row: dict) -> dict:
     "The fields of a product as one row states them, with the problems of those that cannot be read."
     mapping, problems = feed.mapping, []
-    titles = [plain_text(value) if isinstance(value, str) else value for column in mapping.title if (value := row.get(column)) is not None]
+    titles = [plain_text(value) if isinstance(value, str) else value for column in mapping.title
+              if (value := row.get(column)) is not None]
     title = titles[0] if len(titles) == 1 else " ".join(map(str, titles)) if titles else None
     brand = name_of(row.get(mapping.brand))
     if isinstance(brand, str) and key(mapping.brand) == "brands": brand = brand.split(",")[0]
-    fields = {"title": title, "category": category_of(feed, row), "brand": brand, "price": price_of(feed, row.get(mapping.price), problems),
-              "id": name_of(row.get(mapping.id)) if mapping.id else None, "group": name_of(row.get(mapping.group)) if mapping.group else None,
+    fields = {"title": title, "category": category_of(feed, row), "brand": brand, "price": price_of(feed, row.get(mapping.price),
+        problems),
+              "id": name_of(row.get(mapping.id)) if mapping.id else None, "group": name_of(row.get(mapping.group))
+              if mapping.group else None,
               "attributes": attributes_of(feed, row, problems)}
     if problems: fields["problems"] = problems
     return fields
@@ -210,6 +224,8 @@ def finished(feed: Feed, fields: dict) -> dict:
     if len(path) > 1 and isinstance(fields["title"], str):
         fields["category"] = own_name(path, fields["title"].strip(), str(fields["brand"] or ""))
         feed.reading.cut += len(fields["category"]) < len(path)
+    if len(path) == 1 and feed.mapping.paths == ">>" and path[0].casefold() == str(fields["title"]).strip().casefold():
+        fields["category"] = []                  # Flipkart files what it cannot sort under its own title
     feed.reading.depth = max(feed.reading.depth, len(fields["category"]))
     return fields
 
@@ -219,6 +235,22 @@ def plain_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
         yield number, row if isinstance(row, BookError) else finished(feed, fields_of(feed, row))
 
 # %% ../../nbs/11_shop.feeds.ipynb #c021
+def usable(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
+    "The rows of an export that state a title and a category, each id once."
+    seen = set()
+    for number, fields in rows:
+        if isinstance(fields, BookError):
+            yield number, fields
+            continue
+        name = fields["id"]
+        rule = ("rows without a title" if not fields["title"] or not str(fields["title"]).strip() else
+                "rows without a category" if not any(fields["category"]) else "repeats of an id" if name and name in seen else "")
+        if rule: feed.reading.skipped[rule] += 1
+        else:
+            seen.add(name)
+            yield number, fields
+
+# %% ../../nbs/11_shop.feeds.ipynb #c023
 def inherited(fields: dict, first: dict) -> dict:
     "Fields of a variant, with what only its product states."
     more = {name: first[name] for name in ("title", "category", "brand", "group") if not fields[name] and first[name]}
@@ -244,7 +276,7 @@ def variant_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
         seen.add(fields["id"])
         yield number, finished(feed, fields)
 
-# %% ../../nbs/11_shop.feeds.ipynb #c023
+# %% ../../nbs/11_shop.feeds.ipynb #c025
 def see_woo(feed: Feed, row: dict) -> None:
     "Remember a row that may be a parent, and whose parent it names."
     kind, number = str(row.get("Type", "")), str(row.get(feed.columns.get("id"), ""))
@@ -261,15 +293,17 @@ def woo_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
         elif kind.startswith("variation"):
             parent = feed.parents.get(str(row.get("Parent", "")))
             if parent is None: feed.reading.skipped["variations without a parent"] += 1
-            else: yield number, finished(feed, inherited(fields_of(feed, row), fields_of(feed, parent)) | {"group": str(row["Parent"])})
+            else: yield number, finished(feed, inherited(fields_of(feed, row), fields_of(feed,
+                parent)) | {"group": str(row["Parent"])})
         else: yield number, finished(feed, fields_of(feed, row))
 
-# %% ../../nbs/11_shop.feeds.ipynb #c025
+# %% ../../nbs/11_shop.feeds.ipynb #c027
 def see_magento(feed: Feed, row: dict) -> None:
     "Remember the children of a configurable product."
     if not stated(row, "configurable_variations") or stated(row, "store_view_code"): return
     feed.parents[str(row.get("sku"))] = row
-    for child in re.findall(r"sku=([^,|]+)", str(row["configurable_variations"])): feed.children[child.strip()] = str(row.get("sku"))
+    for child in re.findall(r"sku=([^,|]+)",
+                            str(row["configurable_variations"])): feed.children[child.strip()] = str(row.get("sku"))
 
 def magento_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
     "Products of the first store view; children take what only their parent states."
@@ -283,4 +317,11 @@ def magento_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
                 fields = inherited(fields, fields_of(feed, feed.parents[parent])) | {"group": parent}
             yield number, finished(feed, fields)
 
-ROWS = {"": plain_rows, "variants": variant_rows, "parents": woo_rows, "views": magento_rows}
+def product_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
+    "Rows whose item type is a product; those of variants and rules state no title."
+    for number, row in rows:
+        if not isinstance(row, BookError) and str(row.get(feed.columns.get("itemtype"), "Product")).strip() != "Product":
+            feed.reading.skipped["rows of variants and rules"] += 1
+        else: yield number, row if isinstance(row, BookError) else finished(feed, fields_of(feed, row))
+
+ROWS = {"": plain_rows, "variants": variant_rows, "parents": woo_rows, "views": magento_rows, "products": product_rows}

@@ -74,7 +74,8 @@ def encoding_of(
         if head.startswith(mark): return encoding
     try: known = not chosen or codecs.lookup(chosen)._is_text_encoding
     except (LookupError, ValueError): known = False
-    if not known: raise BookError(f"encoding {chosen!r} is unknown; take utf-8, utf-16, cp1252, shift_jis or another of Python's.")
+    if not known:
+        raise BookError(f"encoding {chosen!r} is unknown; take utf-8, utf-16, cp1252, shift_jis or another of Python's.")
     if not chosen and head[1::2].count(0) > len(head) // 3:
         raise BookError("is UTF-16 without its mark; say --encoding utf-16-le, or save it as UTF-8.")
     return chosen or "utf-8"
@@ -118,7 +119,8 @@ def named(
         line = broken_line(path, encoding)
         raise BookError(f"{path}: line {line} is not {encoding.upper()}; save the file as UTF-8, or say how it is written, "
                         "as in --encoding cp1252.") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile): raise BookError(f"{path}: the .gz is broken; pack or fetch it again.") from None
+    except (EOFError, zlib.error,
+            gzip.BadGzipFile): raise BookError(f"{path}: the .gz is broken; pack or fetch it again.") from None
     except BookError as error: raise BookError(f"{path}: {error}") from None
     except OSError as error: raise BookError(f"{path}: {error.strerror or error}; check that you may read it.") from None
 

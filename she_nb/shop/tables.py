@@ -135,10 +135,12 @@ def parquet_table(path: Path) -> Table:
 
 # %% ../../nbs/10_shop.tables.ipynb #c016
 OTHERS = {b"\xd0\xcf\x11\xe0": "an old Excel workbook; save it as CSV UTF-8", b"%PDF": "a PDF; export a table",
-          b"BZh": "packed by bzip2; unpack it", b"\xfd7zXZ": "packed by xz; unpack it", b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
+          b"BZh": "packed by bzip2; unpack it", b"\xfd7zXZ": "packed by xz; unpack it",
+          b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
           b"ARROW1": "an Arrow file; write it as Parquet", b"FEA1": "a Feather file; write it as Parquet",
           b"Obj\x01": "an Avro file; write it as Parquet", b"ORC": "an ORC file; write it as Parquet",
-          b"SQLite format": "a database; export a table as CSV", b"\x89PNG": "a picture; give a table", b"\x80": "a pickle; write it as Parquet"}
+          b"SQLite format": "a database; export a table as CSV", b"\x89PNG": "a picture; give a table",
+          b"\x80": "a pickle; write it as Parquet"}
 
 def check_kind(path: Path, head: bytes) -> None:
     "Raise `BookError` for a file that is no table, by what it is."
@@ -189,7 +191,8 @@ def folder_table(
         if table.form[:4] not in ("JSON", "XML,") and set(table.columns) != set(first.columns):
             raise BookError(f"has part files with different columns, as {Path(table.name).name[:80]}; name one of them.")
     def rows():
-        whole = chain.from_iterable(((row if isinstance(row, BookError) else row | more) for _, row in table) for table, more in tables)
+        whole = chain.from_iterable(((row if isinstance(row, BookError) else row | more) for _, row in table) for table,
+                                    more in tables)
         return enumerate(whole, 1)
     return Table(str(path), f"{len(parts)} files of {first.form}", (*first.columns, *stated), rows)
 
