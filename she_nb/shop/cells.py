@@ -6,7 +6,7 @@
 __all__ = ['HTML', 'TAG', 'BLOCKS', 'WORDS', 'PART', 'LAST', 'ARROW', 'FORMS', 'NAMES', 'STATED', 'LONGEST_VALUE', 'NO_ATTRIBUTE',
            'CURRENCIES', 'DECIMAL_OF', 'SAME', 'MONEY', 'DOLLARS', 'unescaped', 'plain_text', 'split_list',
            'parsed_text', 'split_path', 'deepest', 'levels_of', 'PathForm', 'pairs_of_text', 'pairs_of', 'is_list',
-           'value_text', 'read_details', 'money', 'decimal_shown', 'amount', 'PriceForm']
+           'value_text', 'values_of', 'trait', 'read_details', 'money', 'decimal_shown', 'amount', 'PriceForm']
 
 # %% ../../nbs/11_shop.cells.ipynb #c002
 import ast
@@ -105,13 +105,17 @@ def levels_of(
 # %% ../../nbs/11_shop.cells.ipynb #c018
 class PathForm:
     "How a column writes its paths, told from all of its cells."
-    def __init__(self): self.count, self.heads, self.paths = Counter(), {}, {}
+    def __init__(self): self.count, self.heads, self.paths, self.kinds = Counter(), {}, {}, {}
 
     def see(self, text: str) -> None:
+        if (kind := self.kinds.get(text)) is not None:
+            self.count[kind] += 1
+            return
         kind = ">" if ARROW.search(unescaped(text)) or text[:1] in ("[",
                                                                     "{") else "|" if "|" in text else "/" if "/" in text else ""
         self.count[kind] += 1
-        if len(self.paths.setdefault(kind, set())) < 5000 and text not in self.paths[kind]:
+        if len(self.kinds) < 20_000: self.kinds[text] = kind
+        if len(self.paths.setdefault(kind, set())) < 5000:
             self.paths[kind].add(text)
             head = (levels_of(text, kind) or [""])[0]
             self.heads.setdefault(kind, set()).add(head)
@@ -177,9 +181,23 @@ NO_ATTRIBUTE = re.compile(r"\b(price|asin|upc|ean|gtin|isbn|url|link|image|image
 
 def value_text(value) -> str:
     "A number or a truth as a shopper would write it; other values as they are."
+    if isinstance(value, str): return value
     if isinstance(value, bool): return "yes" if value else "no"
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
+@lru_cache(maxsize=2**16)
+def values_of(text: str) -> tuple[tuple[str, ...], bool]:  # short enough ones, and whether there were others
+    "The plain values of one cell."
+    parts = tuple(map(plain_text, split_list(text.strip())))
+    kept = tuple(part for part in parts if len(part) <= LONGEST_VALUE)
+    return kept, len(kept) < len(parts)
+
+@lru_cache(maxsize=2**12)
+def trait(name: str) -> str:
+    "An attribute's name in words; empty for codes, links and ranks."
+    return "" if NO_ATTRIBUTE.search(name) else name.replace("_", " ").strip()
+
+# %% ../../nbs/11_shop.cells.ipynb #c026
 def read_details(
     pairs: Iterable[tuple[str, object]],  # from `pairs_of`, or columns
     dropped: Counter,                     # counts what is left out, by name
@@ -187,17 +205,17 @@ def read_details(
     "Attributes as lists of short texts."
     read = {}
     for name, value in pairs:
-        name, values = str(name).replace("_", " ").strip(), value if isinstance(value, (list, tuple)) else [value]
-        if not all(item is None or isinstance(item, (str, int, float)) for item in values) or NO_ATTRIBUTE.search(name):
-            dropped[name] += 1
+        items, word = value if isinstance(value, (list, tuple)) else (value,), trait(str(name))
+        if not word or any(not isinstance(item, (str, int, float, type(None))) for item in items):
+            dropped[str(name)] += 1
             continue
-        parts = [plain_text(part) for item in values if item is not None for part in split_list(value_text(item).strip())]
-        kept = [part for part in parts if len(part) <= LONGEST_VALUE]
-        if len(kept) < len(parts): dropped[name] += 1
-        if kept: read.setdefault(name, []).extend(kept)
+        for item in items:
+            kept, longer = values_of(value_text(item)) if item is not None else ((), False)
+            if longer: dropped[str(name)] += 1
+            if kept: read.setdefault(word, []).extend(kept)
     return read
 
-# %% ../../nbs/11_shop.cells.ipynb #c028
+# %% ../../nbs/11_shop.cells.ipynb #c029
 CURRENCIES = {".": "$ £ ₹ ¥ ₩ ฿ US$ A$ C$ CA$ AU$ NZ$ S$ HK$ RS INR USD GBP CAD AUD NZD SGD HKD JPY CNY RMB KRW THB ILS ₪ MXN "
                    "MX$ NT$ TWD NGN ₦ PHP ₱",
               ",": "R$ BRL IDR RP ₫ VND ₺ TRY TL",
@@ -211,7 +229,7 @@ SAME = {"€": "EUR", "£": "GBP", "₹": "INR", "RS": "INR", "US$": "USD", "₺
 MONEY = re.compile(r"(?P<before>[^\d\s.,'-]{0,4}\.?)\s*(?P<minus>[-−])?\s*(?P<before2>[^\d\s.,'-]{0,4}\.?)\s*"
                    r"(?P<number>\d+(?:[.,'’ \u00a0\u202f]\d+)*)(?:[.,][-–—]+)?\s*(?P<after>[^\d\s.,'-]{0,4}\.?)")
 
-# %% ../../nbs/11_shop.cells.ipynb #c029
+# %% ../../nbs/11_shop.cells.ipynb #c030
 @lru_cache(maxsize=2**16)
 def money(text: str) -> tuple[str, str] | None:  # currency or "", and the number with its sign and marks; None for other text
     "A price in its parts."
@@ -222,7 +240,8 @@ def money(text: str) -> tuple[str, str] | None:  # currency or "", and the numbe
     number = re.sub(r"['’\s]", "", found["number"])
     return signs[0] if signs else "", ("-" if found["minus"] else "") + number
 
-# %% ../../nbs/11_shop.cells.ipynb #c031
+# %% ../../nbs/11_shop.cells.ipynb #c032
+@lru_cache(maxsize=2**16)
 def decimal_shown(number: str) -> str:  # "." or ","; "" where it shows none; "?" where it could be either
     "Which decimal mark a number shows."
     number = number.lstrip("-")
@@ -233,6 +252,7 @@ def decimal_shown(number: str) -> str:  # "." or ","; "" where it shows none; "?
     whole, digits = number.split(marks)
     return marks if len(digits) != 3 or len(whole) > 3 or whole.startswith("0") else "?"
 
+@lru_cache(maxsize=2**16)
 def amount(
     number: str,       # from `money`
     decimal: str,      # "." or ","
@@ -242,7 +262,7 @@ def amount(
     if not re.fullmatch(rf"-?(\d+|\d{{1,3}}({thousands}\d{{2,3}})*{thousands}\d{{3}})({point}\d+)?", number): return None
     return float(number.replace("," if decimal == "." else ".", "").replace(decimal, "."))
 
-# %% ../../nbs/11_shop.cells.ipynb #c033
+# %% ../../nbs/11_shop.cells.ipynb #c034
 DOLLARS = {"USD", "CAD", "AUD", "NZD", "SGD", "HKD", "MXN", "TWD"}
 
 class PriceForm:
@@ -252,6 +272,7 @@ class PriceForm:
     def see(self, text: str) -> None:
         if not (parts := money(text)): return
         if parts[0]: self.currencies[parts[0]] += 1
+        if len(self.marks) > 1: return
         mark = decimal_shown(parts[1])
         if mark == "?": self.open = self.open or text
         elif mark: self.marks.setdefault(mark, text)
