@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'cells_wide', 'fitted', 'product_cells', 'product_table', 'spread', 'mapping_lines', 'summary',
-           'draw_catalog', 'own_form', 'share_of', 'show_catalog']
+           'draw_catalog', 'own_form', 'show_catalog']
 
 # %% ../../nbs/13_shop.look.ipynb #c002
 import json
@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 
 from .catalog import Product, read_products, write_bad
-from .columns import Mapping, write_mapping
+from .columns import Mapping, read_mapping, recognise, write_mapping
 from .feeds import Reading, named_counts, warnings_of
+from .tables import read_table
 from ..task import BookError, atomic_write
 
 # %% ../../nbs/13_shop.look.ipynb #c005
@@ -121,29 +122,23 @@ def own_form(products: list[Product]) -> str:
     return "".join(json.dumps(row(product), ensure_ascii=False) + "\n" for product in products)
 
 # %% ../../nbs/13_shop.look.ipynb #c020
-def share_of(text: str) -> float:
-    "A share, from `1%` or `0.01`."
-    try: share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError: share = -1
-    if not 0 <= share < 1: raise BookError(f"--skip-bad {text[:20]} is no share of the rows; write 1% or 0.01.")
-    return share
-
-# %% ../../nbs/13_shop.look.ipynb #c022
 def show_catalog(
     path: str,              # a file of any shop, or a folder of part files
     columns: str = "",      # a mapping's file; "" recognises the layout
     encoding: str = "",     # of text; "" for its mark, else UTF-8
-    skip_bad: str = "0",    # share of rows that may be left out
+    skip_bad: float = 0.0,  # share of rows that may be left out
     write: str = "",        # where to write the mapping
     picture: str = "",      # where to draw, a .png or .svg
     output: str = "",       # where to write the products in our own form, a .jsonl
 ) -> None:
     "`she-nb catalog`: show what was understood of a file, and write what was asked for (ours)."
-    products, reading = read_products(path, columns or None, share_of(skip_bad), encoding)
+    if write:                                    # first: a file that is refused needs it most
+        mapping = read_mapping(columns) if columns else recognise(read_table(path, encoding))
+        print(f"Mapping: {write_mapping(mapping, write)}")
+    products, reading = read_products(path, columns or None, skip_bad, encoding)
     width = shutil.get_terminal_size((120, 40)).columns if sys.stdout.isatty() else 120
     print(summary(products, reading, width))
     if reading.bad: print(f"Bad rows: {write_bad(reading.bad, Path(path).with_suffix('.bad.csv').name)}")
-    if write: print(f"Mapping: {write_mapping(reading.mapping, write)}")
     if output: print(f"Products: {atomic_write(output, own_form(products))}")
     if picture:
         try: draw_catalog(products).savefig(picture)
