@@ -51,16 +51,16 @@ def warnings_of(reading: Reading) -> list[str]:
     "What a user should know of a reading, a sentence each."
     said = list(reading.notes)
     if reading.depth == 1: said.append("no category has two levels, so none are related; write paths like Shoes > Boots")
-    if reading.prices["zero"]: said.append(f"{reading.prices['zero']:,} prices are 0 and count as not stated")
-    if reading.prices["words"]: said.append(f"{reading.prices['words']:,} prices are words or ranges and count as not stated")
-    if reading.cut: said.append(f"{reading.cut:,} categories ended in the product's own name, which was cut off")
+    counts = {"prices of 0, taken as not stated": reading.prices["zero"], "bad rows left out": len(reading.bad),
+              "prices in words or ranges, taken as not stated": reading.prices["words"],
+              "categories cut before the product's own name": reading.cut}
+    said += [f"{what}: {count:,}" for what, count in counts.items() if count]
     if reading.dropped: said.append(f"attributes left out, as nested, too long or codes: {named_counts(reading.dropped)}")
     if reading.unused:
         more = f" and {len(reading.unused) - 8} more" if len(reading.unused) > 8 else ""
         said.append(f"columns not read: {', '.join(name[:30] for name in reading.unused[:8])}{more}; name one attr:color, or "
                     f"list it under "
                     "[attributes] of a mapping, and it is an attribute")
-    if reading.bad: said.append(f"{len(reading.bad):,} bad rows were left out")
     return said
 
 # %% ../../nbs/11_shop.feeds.ipynb #c009

@@ -124,7 +124,7 @@ def named(
     except BookError as error: raise BookError(f"{path}: {error}") from None
     except OSError as error: raise BookError(f"{path}: {error.strerror or error}; check that you may read it.") from None
 
-# %% ../../nbs/10_shop.nested.ipynb #c018
+# %% ../../nbs/10_shop.nested.ipynb #c019
 def json_line(line: str) -> dict | BookError:
     "The object of one line, or why there is none."
     try: value = json.loads(line, parse_constant=lambda name: None)
@@ -135,7 +135,7 @@ def json_line(line: str) -> dict | BookError:
             except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError): pass
     return value if isinstance(value, (dict, BookError)) else BookError('is not an object; write {"title": ...}')
 
-# %% ../../nbs/10_shop.nested.ipynb #c020
+# %% ../../nbs/10_shop.nested.ipynb #c021
 BLANKS, OBJECTS = re.compile(r"\s*"), re.compile(r"\[\s*\{")
 
 class JsonStream:
@@ -183,7 +183,7 @@ class JsonStream:
                 if self.ended: raise BookError(f"is broken JSON ({str(error)[:80]}); mend or fetch it again.") from None
             self.more()
 
-# %% ../../nbs/10_shop.nested.ipynb #c021
+# %% ../../nbs/10_shop.nested.ipynb #c022
 def find_list(
     stream: JsonStream,  # behind the { of an object
 ) -> bool:               # whether there is one
@@ -197,7 +197,7 @@ def find_list(
     stream.skip("}")
     return False
 
-# %% ../../nbs/10_shop.nested.ipynb #c022
+# %% ../../nbs/10_shop.nested.ipynb #c023
 def json_values(
     path: Path,
     encoding: str,
@@ -216,7 +216,7 @@ def json_values(
                 if not stream.skip(",") and stream.next() != "]": raise BookError("is broken JSON; mend or fetch it again.")
             if not stream.next(): raise BookError("is cut off in the middle of its JSON; fetch it again.")
 
-# %% ../../nbs/10_shop.nested.ipynb #c023
+# %% ../../nbs/10_shop.nested.ipynb #c024
 def json_form(
     path: Path,
     encoding: str,
@@ -232,7 +232,7 @@ def json_form(
         try: return "list" if stream.skip("{") and find_list(stream) else "values"
         except BookError: return "values"
 
-# %% ../../nbs/10_shop.nested.ipynb #c024
+# %% ../../nbs/10_shop.nested.ipynb #c025
 def columns_of(rows: Callable[[], Iterator[Row]]) -> tuple[str, ...]:
     "All names of the first 1,000 rows."
     first = [row for _, row in islice(rows(), 1000) if isinstance(row, dict)]
@@ -260,7 +260,7 @@ def stripped(row: dict | BookError) -> dict | BookError:
     "The same row, its names without blanks around."
     return row if isinstance(row, BookError) else {str(name).strip(): value for name, value in row.items()}
 
-# %% ../../nbs/10_shop.nested.ipynb #c026
+# %% ../../nbs/10_shop.nested.ipynb #c029
 LISTED = ("item", "entry", "offer", "product", "shopitem", "article", "produkt", "produit", "row", "record")
 
 class Census:
@@ -281,7 +281,7 @@ class Census:
         many = sorted((depth, -count, name) for (depth, name), count in self.seen.items() if count > 1)
         return min(known)[2] if known else many[0][2] if many else ""
 
-# %% ../../nbs/10_shop.nested.ipynb #c027
+# %% ../../nbs/10_shop.nested.ipynb #c030
 def content(
     attributes: dict,
     children: dict,
@@ -330,7 +330,7 @@ class Elements:
 
     def close(self): pass
 
-# %% ../../nbs/10_shop.nested.ipynb #c028
+# %% ../../nbs/10_shop.nested.ipynb #c031
 def add(row: dict, name: str, value) -> None:
     "Put a value into a row; a name that repeats becomes a list."
     if name not in row: row[name] = value
@@ -356,7 +356,7 @@ def parsed(
         if isinstance(error, BookError): raise
         raise BookError(f"is broken XML ({str(error)[:80]}); mend or fetch it again.") from None
 
-# %% ../../nbs/10_shop.nested.ipynb #c029
+# %% ../../nbs/10_shop.nested.ipynb #c032
 def xml_table(
     path: Path,
     encoding: str,      # by the user; "" for what the file says

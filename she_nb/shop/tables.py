@@ -62,7 +62,9 @@ def quoting_of(
     "How a table is quoted: strictly, with backslashes, or not at all."
     strict = {"delimiter": separator, "strict": True}
     faults = []
-    for form in (strict, strict | {"escapechar": "\\", "doublequote": False}, strict | {"quoting": csv.QUOTE_NONE}):
+    forms = [strict, strict | {"escapechar": "\\", "doublequote": False}]
+    if separator in "\t|": forms.append(strict | {"quoting": csv.QUOTE_NONE})
+    for form in forms:
         rows, count, ragged = cells(path, encoding, form), 0, 0
         try:
             width = len(next(rows, []))
