@@ -106,7 +106,8 @@ def test_text_without_tags_and_entities(shop):
 
 
 def test_other_alphabets(shop):
-    products, reading = shop("商品名称,分类,品牌,价格,颜色\n红色靴子,鞋 > 靴子,步步,39,红色\nİPEK,鞋 > 靴子,IŞIK,9,Cafe\u0301\n", "商品.csv")
+    text = "商品名称,分类,品牌,价格,颜色\n红色靴子,鞋 > 靴子,步步,39,红色\nİPEK,鞋 > 靴子,IŞIK,9,Cafe\u0301\n"
+    products, reading = shop(text, "商品.csv")
     assert reading.mapping.layout == "proposed" and products[0].attributes == {"颜色": ("红色",)}
     assert products[1].title.lower() == "ipek" and products[1].attributes == {"颜色": ("café",)}
 
@@ -144,7 +145,8 @@ def seeds():
     text = table.getvalue().encode()
     xml = b"<rss><item><title>Mug</title><price>3 EUR</price></item><item><title>Cup</title></item></rss>"
     return [text, json.dumps(rows).encode(), b"\n".join(json.dumps(row).encode() for row in rows), xml, gzip.compress(text),
-            json.dumps({"n": 1, "products": rows}, indent=1).encode(), text.decode().encode("utf-16"), b"PAR1\0\0PAR1", b"PK\x03\x04"]
+            json.dumps({"n": 1, "products": rows}, indent=1).encode(), text.decode().encode("utf-16"),
+            b"PAR1\0\0PAR1", b"PK\x03\x04"]
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -153,7 +155,8 @@ def test_any_bytes_end_in_rows_or_a_sentence(tmp_path, data, ending, seed, piece
     chance = random.Random(seed)
     for _ in range(chance.randrange(6)):
         at, end = sorted(chance.randrange(len(data) + 1) for _ in range(2))
-        data = chance.choice([data[:at] + piece + data[at:], data[:at] + data[end:], data[:end], data[:at] + data[at:end] * 3 + data[end:]])
+        before, between, after = data[:at], data[at:end], data[end:]
+        data = chance.choice([before + piece + between + after, before + after, before, before + between * 3 + after])
     path = tmp_path / f"any{ending}"
     path.write_bytes(data)
     try: read_products(path, skip_bad=.9)

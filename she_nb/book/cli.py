@@ -213,7 +213,8 @@ def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, f
     "`she-nb book` and `she-nb ablations` (ours)."
     if args.cores < 1: raise BookError(f"--cores = {args.cores} is less than one; give a number of cores.")
     overrides, studies = dict(args.p), args.command == "ablations"
-    if bad := sorted({"preset", "name", "catalog", "columns", "encoding", "skip_bad", "work", "reports", "studies"} & set(overrides)):
+    named = {"preset", "name", "catalog", "columns", "encoding", "skip_bad", "work", "reports", "studies"}
+    if bad := sorted(named & set(overrides)):
         raise BookError(f"-p {bad[0]} is no setting; the settings are {', '.join(SETTING_TYPES)}.")
     if args.name and not studies and args.name in presets():
         raise BookError(f"--name {args.name} is where the studies keep their records; choose another name.")
@@ -372,7 +373,8 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     "The command line of she-nb (ours)."
     top = Parser("she-nb", description="An executable book on judging relevance step by step.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="book, ablations, catalog, settings, stage, outputs or site")
+    commands = top.add_subparsers(dest="command", required=True,
+                                  metavar="book, ablations, catalog, settings, stage, outputs or site")
     descriptions = {"book": "run the book once and write its report", "ablations": "run all studies with all seeds"}
     for name, description in descriptions.items():
         command = commands.add_parser(name, help=description, description=description)

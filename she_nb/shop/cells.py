@@ -21,8 +21,8 @@ from functools import lru_cache
 from ..task import BookError
 
 # %% ../../nbs/11_shop.cells.ipynb #c006
-HTML = ("a|abbr|b|big|blockquote|br|center|code|dd|div|dl|dt|em|font|h[1-6]|hr|i|img|ins|li|ol|p|pre|s|small|span|strike|strong|sub|"
-        "sup|table|tbody|td|th|thead|tr|tt|u|ul")
+HTML = ("a|abbr|b|big|blockquote|br|center|code|dd|div|dl|dt|em|font|h[1-6]|hr|i|img|ins|li|ol|p|pre|s|small|span|strike|strong|"
+        "sub|sup|table|tbody|td|th|thead|tr|tt|u|ul")
 TAG = re.compile(rf"</?(?:{HTML})\b[^<>]*>|<!--[^<>]*-->", re.IGNORECASE)
 
 def unescaped(text: str) -> str:
@@ -282,7 +282,7 @@ class PriceForm:
         names = set(self.currencies)
         if names & DOLLARS: names -= {"$"}
         if len(names) > 1:
-            shown = " and ".join(sorted(names, key=self.currencies.get, reverse=True)[:3])
+            shown = " and ".join(sorted(names, key=lambda name: (-self.currencies[name], name))[:3])
             raise BookError(f"holds prices in {shown}; keep one currency, or convert the others.")
         return next(iter(names), "")
 

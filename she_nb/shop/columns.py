@@ -52,23 +52,20 @@ class Mapping:
 # %% ../../nbs/11_shop.columns.ipynb #c007
 SYSTEMS = {
     "Shopify": dict(has="option1name option1value", id="variantsku", group="handle|id",
-                    category="productcategory|standardproducttype|"
-                    "type|customproducttype", brand="vendor", price="variantprice", options="option{}name=option{}value",
-                    rows="variants",
+                    category="productcategory|standardproducttype|type|customproducttype", brand="vendor", price="variantprice",
+                    options="option{}name=option{}value", rows="variants",
                     attributes="gender=googleshoppinggender age-group=googleshoppingagegroup"),
     "WooCommerce": dict(has="type parent regularprice|price", id="id", category="categories", title="name", brand="brands|brand",
                         price="regularprice|price", lists=",", options="attribute{}name=attribute{}values", rows="parents"),
     "Magento 2": dict(has="sku storeviewcode|additionalattributes categories|category", id="sku", title="name",
-                      category="categories",
-                      brand="manufacturer|brand", lists=",", paths="/", root="Default Category", details="additionalattributes",
-                      rows="views"),
+                      category="categories", brand="manufacturer|brand", lists=",", paths="/", root="Default Category",
+                      details="additionalattributes", rows="views"),
     "Magento 1": dict(has="sku attributeset rootcategory", id="sku", title="name", category="category", paths="/"),
     "PrestaShop": dict(has="productid namename|name categoriesxyz|categoriesxyzz", title="name", category="categoriesxyz",
                        lists=","),
     "Squarespace": dict(has="optionname1 optionvalue1 categories", title="title", group="productidnoneditable|productid",
                         id="variantidnoneditable|sku", category="categories", lists=",", paths="/",
-                        options="optionname{}=optionvalue{}",
-                        rows="variants"),
+                        options="optionname{}=optionvalue{}", rows="variants"),
     "BigCommerce": dict(has="itemtype productname category", id="productid", title="productname", category="category", paths="/",
                         brand="brandname", lists=";", rows="products"),
     "Wix": dict(has="handleid fieldtype collection", id="sku", title="name", group="handleid", category="collection", lists=";",
@@ -78,16 +75,13 @@ SYSTEMS = {
 # %% ../../nbs/11_shop.columns.ipynb #c008
 DATASETS = {
     "Google Merchant": dict(has="title googleproductcategory|availability link|imagelink|productlink|price", id="id",
-                            group="itemgroupid",
-                            category="producttype|googleproductcategory|category", details="productdetail"),
+                            group="itemgroupid", category="producttype|googleproductcategory|category", details="productdetail"),
     "Etsy": dict(has="title currencycode materials|tags|taxonomypath", category="category|taxonomypath|section",
-                 currency="currencycode",
-                 options="variation{}type=variation{}values", attributes="material=materials"),
+                 currency="currencycode", options="variation{}type=variation{}values", attributes="material=materials"),
     "Flipkart": dict(has="productname productcategorytree", id="uniqid|pid", title="productname", category="productcategorytree",
                      price="discountedprice|retailprice", details="productspecifications", paths=">>"),
     "Amazon metadata": dict(has="title asin|parentasin categories|category|maincategory", id="parentasin|asin",
-                            category="categories|category|"
-                            "maincategory", brand="brand|store", details="details"),
+                            category="categories|category|maincategory", brand="brand|store", details="details"),
     "H&M articles": dict(has="prodname producttypename productgroupname", id="articleid", group="productcode", title="prodname",
                          category="productgroupname>producttypename",
                          attributes="color=colourgroupname pattern=graphicalappearancename department=indexgroupname"),
@@ -97,12 +91,10 @@ DATASETS = {
     "IKEA": dict(has="itemid name category shortdescription designer", id="itemid", title="name+shortdescription",
                  attributes="designer=designer"),
     "Open Food Facts": dict(has="code productname categoriesen|categoriestags|categories brands", id="code", title="productname",
-                            paths=",",
-                            category="categoriesen|categories|categoriestags", brand="brands",
+                            paths=",", category="categoriesen|categories|categoriestags", brand="brands",
                             attributes="quantity=quantity packaging=packaging labels=labelsen"),
     "WANDS": dict(has="productid productname categoryhierarchy", id="productid", category="categoryhierarchy|productclass",
-                  paths="/",
-                  details="productfeatures"),
+                  paths="/", details="productfeatures"),
     "ESCI": dict(has="productid producttitle productlocale", id="productid", brand="productbrand",
                  attributes="color=productcolor"),
     "Best Buy": dict(has="sku name manufacturer category", id="sku", title="name", brand="manufacturer", category="category"),
@@ -111,8 +103,8 @@ DATASETS = {
     "Yandex market": dict(has="categoryid category vendor|name", title="name|model", brand="vendor", details="param", id="id",
                           group="groupid"),
     "Awin": dict(has="awproductid productname", id="awproductid",
-                 category="merchantcategory|merchantproductcategorypath|categoryname",
-                 brand="brandname", price="searchprice|storeprice", attributes="color=colour size=fashionsize"),
+                 category="merchantcategory|merchantproductcategorypath|categoryname", brand="brandname",
+                 price="searchprice|storeprice", attributes="color=colour size=fashionsize"),
 }
 
 LAYOUTS = SYSTEMS | DATASETS
@@ -120,60 +112,43 @@ LAYOUTS = SYSTEMS | DATASETS
 # %% ../../nbs/11_shop.columns.ipynb #c010
 ROLES = {
     "title": "title name producttitle productname productdisplayname displayname prodname itemname itemtitle product item "
-             "objecttitle "
-             "posttitle listingtitle "
-             "articlename fulltitle productnameen nameen namename titel bezeichnung artikelbezeichnung produktname artikelname "
-             "produkttitel "
-             "nom titre nomduproduit designation libelle nombre titulo nombredelproducto producto nome nomedoproduto produto "
-             "titolo nomeprodotto "
-             "prodotto naam productnaam название наименование товар имя nazwa nazwaproduktu ürünadı urunadi ürün ad "
-             "название_товара "
-             "商品名 商品名称 商品标题 标题 名称 品名 商品タイトル 製品名 상품명 제품명",
-    "category": "category categorypath categoryhierarchy categorytree categories categoryname productcategory productcategories "
-                "producttype "
-                "productcategoryname productcategorytree googleproductcategory fullcategory breadcrumb breadcrumbs taxonomy "
-                "taxonomypath "
-                "merchantcategory categorytext categorylabel itemcategory articletype productgroup department section "
-                "categoryen maincategory "
-                "primarycategory terms kategorie kategorien produktkategorie warengruppe kategoriepfad catégorie catégories "
-                "rayon famille "
-                "categoría categorías categoriaproduto categoria categorias categorie reparto категория категории раздел "
-                "kategoria kategorie kategori "
-                "類目 类目 分类 商品分类 类别 分類 カテゴリ カテゴリー 商品カテゴリ 카테고리 分类路径",
+             "objecttitle posttitle listingtitle articlename fulltitle productnameen nameen namename titel bezeichnung "
+             "artikelbezeichnung produktname artikelname produkttitel nom titre nomduproduit designation libelle nombre titulo "
+             "nombredelproducto producto nome nomedoproduto produto titolo nomeprodotto prodotto naam productnaam название "
+             "наименование товар имя nazwa nazwaproduktu ürünadı urunadi ürün ad название_товара 商品名 商品名称 商品标题 标题 "
+             "名称 品名 商品タイトル 製品名 상품명 제품명",
+    "category": "category categorypath categoryhierarchy categorytree categories categoryname productcategory "
+                "productcategories producttype productcategoryname productcategorytree googleproductcategory fullcategory "
+                "breadcrumb breadcrumbs taxonomy taxonomypath merchantcategory categorytext categorylabel itemcategory "
+                "articletype productgroup department section categoryen maincategory primarycategory terms kategorie "
+                "kategorien produktkategorie warengruppe kategoriepfad catégorie catégories rayon famille categoría categorías "
+                "categoriaproduto categoria categorias categorie reparto категория категории раздел kategoria kategorie "
+                "kategori 類目 类目 分类 商品分类 类别 分類 カテゴリ カテゴリー 商品カテゴリ 카테고리 分类路径",
     "brand": "brand brandname productbrand vendor manufacturer brands make maker store label marke hersteller marque fabricant "
-             "marca fabricante "
-             "merk марка бренд производитель marka producent 品牌 ブランド メーカー 브랜드",
-    "price": "price pricevat regularprice variantprice saleprice sellingprice currentprice finalprice discountedprice listprice "
-             "retailprice priceusd "
-             "priceeur actualprice unitprice amount originalprice initialprice mrp preis verkaufspreis bruttopreis prix prixttc "
-             "precio preço preco "
-             "prezzo prijs цена cena fiyat fiyatı 价格 售价 価格 値段 가격",
+             "marca fabricante merk марка бренд производитель marka producent 品牌 ブランド メーカー 브랜드",
+    "price": "price pricevat regularprice variantprice saleprice sellingprice currentprice finalprice discountedprice "
+             "listprice retailprice priceusd priceeur actualprice unitprice amount originalprice initialprice mrp preis "
+             "verkaufspreis bruttopreis prix prixttc precio preço preco prezzo prijs цена cena fiyat fiyatı 价格 售价 価格 "
+             "値段 가격",
     "id": "id sku productid objectid itemid asin code productcode itemcode articleid articlenumber articleno uniqid pid ean "
-          "gtin upc "
-          "barcode variantsku "
-          "productsku itemnumber artikelnummer artikelnr artnr référence reference referencia codigo código codice артикул "
-          "indeks stokkodu "
-          "商品编号 商品id 货号 商品コード 品番 상품코드 상품번호",
+          "gtin upc barcode variantsku productsku itemnumber artikelnummer artikelnr artnr référence reference referencia "
+          "codigo código codice артикул indeks stokkodu 商品编号 商品id 货号 商品コード 品番 상품코드 상품번호",
     "group": "itemgroupid groupid group parentsku parentid parentasin styleid modelid handle",
     "currency": "currency currencycode pricecurrency waehrung währung devise moneda moeda валюта 币种 通貨",
     "details": "attributes features specifications specification specs productfeatures productspecifications "
-               "productspecification details "
-               "productdetails productattributes params param properties characteristics eigenschaften merkmale caractéristiques "
-               "características характеристики 属性 规格 仕様",
+               "productspecification details productdetails productattributes params param properties characteristics "
+               "eigenschaften merkmale caractéristiques características характеристики 属性 规格 仕様",
 }
 
 # %% ../../nbs/11_shop.columns.ipynb #c011
 LEVELS = ("mastercategory subcategory articletype", "primarycategory secondarycategory tertiarycategory",
-          "department category subcategory",
-          "department class subclass", "category subcategory subsubcategory", "maincategory subcategory",
-          "categoryname subcategoryname",
-          "category1 category2 category3 category4", "categorylevel1 categorylevel2 categorylevel3",
-          "level1 level2 level3 level4",
-          "cat1 cat2 cat3", "l1 l2 l3", "lvl0 lvl1 lvl2", "department aisle", "kategorie unterkategorie",
-          "hauptkategorie unterkategorie",
+          "department category subcategory", "department class subclass", "category subcategory subsubcategory",
+          "maincategory subcategory", "categoryname subcategoryname", "category1 category2 category3 category4",
+          "categorylevel1 categorylevel2 categorylevel3", "level1 level2 level3 level4", "cat1 cat2 cat3", "l1 l2 l3",
+          "lvl0 lvl1 lvl2", "department aisle", "kategorie unterkategorie", "hauptkategorie unterkategorie",
           "warengruppe unterwarengruppe", "catégorie souscatégorie", "rayon sousrayon", "categoría subcategoría",
-          "familia subfamilia",
-          "categoria subcategoria", "categoria sottocategoria", "категория подкатегория", "一级类目 二级类目 三级类目", "大分類 中分類 小分類")
+          "familia subfamilia", "categoria subcategoria", "categoria sottocategoria", "категория подкатегория",
+          "一级类目 二级类目 三级类目", "大分類 中分類 小分類")
 
 # %% ../../nbs/11_shop.columns.ipynb #c012
 TRAITS = set("color colour basecolour colorname colourname size sizes material materials fabric gender sex agegroup pattern "
@@ -182,7 +157,8 @@ TRAITS = set("color colour basecolour colorname colourname size sizes material m
              "material "
              "geschlecht muster couleur taille matière genre couleurs talla tamaño género colore taglia materiale cor tamanho "
              "gênero "
-             "kleur maat materiaal цвет размер материал пол kolor rozmiar materiał renk beden 颜色 尺码 尺寸 材质 性别 色 カラー サイズ 素材 "
+             "kleur maat materiaal цвет размер материал пол kolor rozmiar materiał renk beden "
+             "颜色 尺码 尺寸 材质 性别 色 カラー サイズ 素材 "
              "색상 사이즈".split())
 
 # %% ../../nbs/11_shop.columns.ipynb #c013
@@ -275,8 +251,8 @@ def attribute_columns(sample: Sample, layout: dict, taken: set[str]) -> dict[str
     return found
 
 # %% ../../nbs/11_shop.columns.ipynb #c020
-DULL = re.compile(r"(?i)(^|[^a-z])(ids?|urls?|link|image|img|photo|date|time|stock|status|availab\w*|currency|rating|reviews?|count|"
-                  r"qty|quantity|website|seller|shop|country|locale|lang\w*|tax\w*|shipping|split|index|rank|condition|published|"
+DULL = re.compile(r"(?i)(^|[^a-z])(ids?|urls?|link|image|img|photo|date|time|stock|status|availab\w*|currency|rating|reviews?|"
+                  r"count|qty|quantity|website|seller|shop|country|locale|lang\w*|tax\w*|shipping|split|index|rank|condition|published|"
                   r"active|description)([^a-z]|$)")
 
 def telling_columns(sample: Sample, taken: set[str]) -> dict[str, str]:
@@ -285,9 +261,10 @@ def telling_columns(sample: Sample, taken: set[str]) -> dict[str, str]:
     for column in sample.columns:
         values = [value for value in sample.values(column) if isinstance(value, str)]
         distinct = {value.casefold() for value in values}
-        if column in taken or DULL.search(column) or len(values) < 10 or not 1 < len(distinct) <= min(50, len(values) / 4): continue
+        repeated = len(values) >= 10 and 1 < len(distinct) <= min(50, len(values) / 4)
+        if column in taken or DULL.search(column) or not repeated or distinct <= {"yes", "no", "true", "false"}: continue
         worded = all(re.search(r"[^\W\d]{2}", value) and len(value) <= 40 and "://" not in value for value in distinct)
-        if worded and not any(map(money, distinct)) and not distinct <= {"yes", "no", "true", "false"}: found[column.lower().replace("_", " ")] = column
+        if worded and not any(map(money, distinct)): found[column.lower().replace("_", " ")] = column
     return found
 
 # %% ../../nbs/11_shop.columns.ipynb #c021

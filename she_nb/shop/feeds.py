@@ -19,7 +19,7 @@ from pathlib import Path
 from .cells import PathForm, PriceForm, amount, levels_of, money, pairs_of, plain_text, read_details
 from .columns import Mapping, check_mapping, key, read_mapping, recognise
 from .nested import Row
-from .tables import Table, read_table
+from .tables import read_table
 from ..task import BookError
 
 # %% ../../nbs/11_shop.feeds.ipynb #c005

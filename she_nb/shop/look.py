@@ -13,7 +13,6 @@ import sys
 import unicodedata
 from collections import Counter
 from dataclasses import fields
-from itertools import islice
 from pathlib import Path
 
 from .catalog import Product, read_products, write_bad

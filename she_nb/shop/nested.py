@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Row', 'LONGEST', 'MARKS', 'BLANKS', 'OBJECTS', 'LISTED', 'Table', 'column_names', 'open_bytes', 'encoding_of',
-           'broken_line', 'lines', 'named', 'json_line', 'JsonStream', 'find_list', 'json_values', 'json_form',
-           'columns_of', 'json_table', 'stripped', 'Census', 'content', 'Elements', 'add', 'parsed', 'xml_table']
+           'broken_line', 'lines', 'named', 'json_line', 'JsonStream', 'opens_list', 'find_list', 'json_values',
+           'json_form', 'columns_of', 'json_table', 'stripped', 'Census', 'content', 'Elements', 'add', 'parsed',
+           'xml_table']
 
 # %% ../../nbs/10_shop.nested.ipynb #c002
 import ast
@@ -163,13 +164,6 @@ class JsonStream:
         self.at += found
         return found
 
-    def opens_list(self) -> bool:
-        "Whether a list of objects is next; then stand at its first object."
-        if self.next() and len(self.buffer) - self.at < 1000 and not self.ended: self.more()
-        if not (found := OBJECTS.match(self.buffer, self.at)): return False
-        self.at = found.end() - 1
-        return True
-
     def value(self):
         "The next value."
         self.next()
@@ -184,6 +178,13 @@ class JsonStream:
             self.more()
 
 # %% ../../nbs/10_shop.nested.ipynb #c022
+def opens_list(stream: JsonStream) -> bool:
+    "Whether a list of objects is next; then the stream stands at its first object."
+    if stream.next() and len(stream.buffer) - stream.at < 1000 and not stream.ended: stream.more()
+    if not (found := OBJECTS.match(stream.buffer, stream.at)): return False
+    stream.at = found.end() - 1
+    return True
+
 def find_list(
     stream: JsonStream,  # behind the { of an object
 ) -> bool:               # whether there is one
@@ -191,7 +192,7 @@ def find_list(
     while stream.next() not in ("}", ""):
         stream.value()                       # the name
         if not stream.skip(":"): raise BookError("is broken JSON; mend or fetch it again.")
-        if stream.opens_list() or stream.skip("{") and find_list(stream): return True
+        if opens_list(stream) or stream.skip("{") and find_list(stream): return True
         if stream.next() not in (",", "}", ""): stream.value()
         stream.skip(",")
     stream.skip("}")
@@ -293,6 +294,7 @@ def content(
     if named is not None: return {"name": named, "value": attributes.get("value", text)}
     return text
 
+# %% ../../nbs/10_shop.nested.ipynb #c031
 class Elements:
     "Rows as objects; categories that are listed by number, as in Yandex's feeds, become paths."
     def __init__(self, name: str): self.name, self.open, self.rows, self.size, self.categories = name, [], [], 0, {}
@@ -330,7 +332,7 @@ class Elements:
 
     def close(self): pass
 
-# %% ../../nbs/10_shop.nested.ipynb #c031
+# %% ../../nbs/10_shop.nested.ipynb #c032
 def add(row: dict, name: str, value) -> None:
     "Put a value into a row; a name that repeats becomes a list."
     if name not in row: row[name] = value
@@ -356,7 +358,7 @@ def parsed(
         if isinstance(error, BookError): raise
         raise BookError(f"is broken XML ({str(error)[:80]}); mend or fetch it again.") from None
 
-# %% ../../nbs/10_shop.nested.ipynb #c032
+# %% ../../nbs/10_shop.nested.ipynb #c033
 def xml_table(
     path: Path,
     encoding: str,      # by the user; "" for what the file says
