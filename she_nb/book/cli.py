@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['kill_children', 'watch_parent', 'locked', 'check_space', 'check_book', 'snakemake', 'Progress', 'run_book', 'render',
-           'run_command', 'list_runs', 'settings_command', 'stage_command', 'check_record', 'outputs_command',
-           'site_command', 'add_pages', 'Parser', 'parser', 'main']
+           'share_of', 'run_command', 'list_runs', 'settings_command', 'stage_command', 'check_record',
+           'outputs_command', 'site_command', 'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser',
+           'parser', 'main']
 
 # %% ../../nbs/80_book.cli.ipynb #a4591afe
 import argparse
@@ -88,8 +89,11 @@ def check_book(
     "Load the user's catalogue and look at the disk; BookError in one sentence (ours)."
     for folder in (book.work, book.reports): check_space(folder / book.name)
     if not book.catalog: return
-    from she_nb.shop.catalog import load_catalog
-    load_catalog(book.catalog)
+    from she_nb.shop.catalog import load_catalog, read_products, write_bad
+    load_catalog(book.catalog, columns=book.columns or None, skip_bad=book.skip_bad, encoding=book.encoding)
+    if not book.skip_bad: return
+    bad = read_products(book.catalog, book.columns or None, book.skip_bad, book.encoding)[1].bad
+    if bad: print(f"{len(bad)} bad rows are left out: {write_bad(bad, book.work / book.name / 'bad-rows.csv')}", flush=True)
 
 # %% ../../nbs/80_book.cli.ipynb #adf39ed6
 def snakemake(
@@ -194,17 +198,29 @@ def render(
     from she_nb.evidence.page import render_report
     render_report(Path(notebook), Path(reports))
 
+# %% ../../nbs/80_book.cli.ipynb #feedshare1
+def share_of(
+    text: str,  # "1%" or "0.01"
+) -> float:     # from 0 to below 1
+    "The share of the rows that `--skip-bad` names."
+    try: share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError: share = -1
+    if not 0 <= share < 1: raise BookError(f"--skip-bad {text[:20]} is no share of the rows; write 1% or 0.01.")
+    return share
+
 # %% ../../nbs/80_book.cli.ipynb #79ca4ca4
 def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, force, work, reports, p, studies
     "`she-nb book` and `she-nb ablations` (ours)."
     if args.cores < 1: raise BookError(f"--cores = {args.cores} is less than one; give a number of cores.")
     overrides, studies = dict(args.p), args.command == "ablations"
-    if bad := sorted({"preset", "name", "catalog", "work", "reports", "studies"} & set(overrides)):
+    named = {"preset", "name", "catalog", "columns", "encoding", "skip_bad", "work", "reports", "studies"}
+    if bad := sorted(named & set(overrides)):
         raise BookError(f"-p {bad[0]} is no setting; the settings are {', '.join(SETTING_TYPES)}.")
     if args.name and not studies and args.name in presets():
         raise BookError(f"--name {args.name} is where the studies keep their records; choose another name.")
     name = args.name or (args.preset + (f"-{catalog_stem(args.catalog)}" if args.catalog else "") if studies else "")
-    book = open_book(args.preset, name, args.catalog, studies, args.work, args.reports, **overrides)
+    how = {"columns": args.columns, "encoding": args.encoding, "skip_bad": share_of(args.skip_bad)}
+    book = open_book(args.preset, name, args.catalog, studies=studies, work=args.work, reports=args.reports, **how, **overrides)
     runs = plan(book)
     todo = runs if args.force else pending(book, runs)
     if args.dry_run: return list_runs(runs, todo)
@@ -314,6 +330,28 @@ def site_command(args) -> None:  # args: serve
     print(f"Served at http://127.0.0.1:{server.server_port}/ until you press Ctrl-C", flush=True)
     server.serve_forever()
 
+# %% ../../nbs/80_book.cli.ipynb #feedlook1
+def add_reading(command) -> None:  # of argparse
+    "How a catalogue is read."
+    command.add_argument("--columns", default="", help="its mapping, as she-nb catalog FILE --write MAP.toml writes it")
+    command.add_argument("--encoding", default="", help="of its text (its mark, else UTF-8)")
+    command.add_argument("--skip-bad", default="0", metavar="SHARE", help="rows that may be left out, as 1%% (none)")
+
+def catalog_command(args) -> None:  # args: file, columns, encoding, skip_bad, write, picture, output
+    "`she-nb catalog` (ours)."
+    from she_nb.shop.look import show_catalog
+    show_catalog(args.file, args.columns, args.encoding, share_of(args.skip_bad), args.write, args.picture, args.output)
+
+def add_catalog(commands) -> None:  # of argparse
+    "The command that looks at a file of products."
+    look = commands.add_parser("catalog", help="show what is understood of a file of products")
+    look.add_argument("file", help="the export of any shop, or a folder of part files")
+    add_reading(look)
+    look.add_argument("--write", default="", metavar="MAP.toml", help="write which column is what, to be edited")
+    look.add_argument("--picture", default="", metavar="FILE.png", help="draw categories, attributes and prices")
+    look.add_argument("-o", "--output", default="", metavar="FILE.jsonl", help="write the products in our own form")
+    look.set_defaults(run=catalog_command)
+
 # %% ../../nbs/80_book.cli.ipynb #30c8fe2b
 def add_pages(commands) -> None:  # of argparse
     "The two commands about pages."
@@ -335,13 +373,15 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     "The command line of she-nb (ours)."
     top = Parser("she-nb", description="An executable book on judging relevance step by step.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="book, ablations, settings, stage, outputs or site")
+    commands = top.add_subparsers(dest="command", required=True,
+                                  metavar="book, ablations, catalog, settings, stage, outputs or site")
     descriptions = {"book": "run the book once and write its report", "ablations": "run all studies with all seeds"}
     for name, description in descriptions.items():
         command = commands.add_parser(name, help=description, description=description)
         command.set_defaults(run=run_command)
         command.add_argument("--preset", default="tiny", help="section of settings.ini (tiny)")
-        command.add_argument("--catalog", default="", help="your catalogue: CSV, JSONL or Parquet")
+        command.add_argument("--catalog", default="", help="your catalogue: the export of any shop; see she-nb catalog")
+        add_reading(command)
         command.add_argument("--name", default="", help="folder under work/ and reports/")
         command.add_argument("--cores", type=int, default=os.cpu_count(), help="cores to use at once (all)")
         command.add_argument("--dry-run", action="store_true", help="list what would run")
@@ -357,6 +397,7 @@ def parser() -> Parser:
     settings = commands.add_parser("settings", help="show the whole of a preset, with where each value comes from")
     settings.add_argument("preset", nargs="?", default="tiny", help="section of settings.ini (tiny)")
     settings.set_defaults(run=settings_command)
+    add_catalog(commands)
     add_pages(commands)
     return top
 

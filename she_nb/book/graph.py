@@ -47,6 +47,9 @@ class Book:
     arms: tuple[str, ...]  # what is compared
     seeds: tuple[int, ...]  # how often
     catalog: str = ""  # path of the user's catalogue; "" is the embedded one
+    columns: str = ""  # path of its mapping; "" recognises the layout
+    encoding: str = ""  # of its text; "" for its mark, else UTF-8
+    skip_bad: float = 0.0  # share of its rows that may be left out
     work: Path = Path("work")  # checkpoints, executed notebooks and logs go to work/<name>
     reports: Path = Path("reports")  # records and the report go to reports/<name>
     studies: bool = False  # whether the learning rates are searched and the arms of the studies run as well
@@ -83,7 +86,10 @@ def catalog_stem(
 def open_book(
     preset: str = "tiny",  # section of settings.ini
     name: str = "",  # default: "book", or "book-<file>" with a catalogue
-    catalog: str = "",  # CSV, JSONL or Parquet; "" for the embedded one
+    catalog: str = "",  # a file of any shop; "" for the embedded one
+    columns: str = "",  # its mapping's file
+    encoding: str = "",  # of its text
+    skip_bad: float = 0.0,  # share of its rows that may be left out
     studies: bool = False,  # take the seeds from `ablation_seeds`, and the arms of the studies as well
     work: str = "",  # default: SHE_NB_WORK, else work/ beside settings.ini
     reports: str = "",  # default: SHE_NB_REPORTS, else reports/
@@ -96,9 +102,11 @@ def open_book(
         raise BookError(f"The name {name} cannot name a folder; use letters, digits, - and _.")
     work = Path(work or os.environ.get("SHE_NB_WORK") or root() / "work").resolve()
     reports = Path(reports or os.environ.get("SHE_NB_REPORTS") or root() / "reports").resolve()
-    catalog = str(Path(catalog).resolve()) if catalog else ""
+    if not catalog and (columns or encoding or skip_bad):
+        raise BookError("--columns, --encoding and --skip-bad say how a catalogue is read; name it with --catalog.")
+    catalog, columns = (str(Path(path).resolve()) if path else "" for path in (catalog, columns))
     seeds = settings.ablation_seeds if studies else settings.seeds
-    return Book(name, settings, settings.arms, seeds, catalog, work, reports, studies)
+    return Book(name, settings, settings.arms, seeds, catalog, columns, encoding, skip_bad, work, reports, studies)
 
 # %% ../../nbs/76_book.graph.ipynb #71c4588c
 @dataclass(frozen=True)
@@ -136,6 +144,7 @@ def make_run(
     def flat(value): return ",".join(map(str, value)) if isinstance(value, tuple) else value
     values = {name: flat(getattr(settings, name)) for name in SETTING_TYPES} | {
         "arm": arm, "credit": variant(settings, arm)[0], "seed": seed, "preset": settings.preset, "catalog": book.catalog,
+        "columns": book.columns, "encoding": book.encoding, "skip_bad": book.skip_bad,
         "out": str(book.folder(key)), "record": str(book.record(key)), "reports": str(book.reports / book.name),
         "inputs": json.dumps({run.key: digest(run.parameters) for run in needs.values()})}
     values |= {name: str(book.folder(run.key)) for name, run in needs.items()}
@@ -372,7 +381,8 @@ def write_book(
     overrides: dict,  # settings given on the command line
 ) -> Path:  # work/<name>/book.json
     "Save the arguments of `open_book` (ours)."
-    arguments = {"preset": book.settings.preset, "name": book.name, "catalog": book.catalog, "work": str(book.work),
+    arguments = {"preset": book.settings.preset, "name": book.name, "catalog": book.catalog, "columns": book.columns,
+                 "encoding": book.encoding, "skip_bad": book.skip_bad, "work": str(book.work),
                  "reports": str(book.reports), "studies": book.studies}
     lists = {"arms": ",".join(book.arms), "seeds": ",".join(map(str, book.seeds))}
     return atomic_write(book.work / book.name / "book.json", json.dumps({**arguments, "overrides": {**overrides, **lists}}))
