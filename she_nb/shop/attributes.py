@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNSPACED', 'WORD', 'APOSTROPHE', 'phrase', 'SAYS_NOTHING', 'GLUE', 'LIST_MARK', 'BEFORE', 'AFTER', 'IDENTIFIERS',
-           'CODE', 'YES', 'NO', 'UNITS', 'INCLUSIVE', 'stem', 'folded', 'padded_words', 'spelling_key', 'list_parts',
-           'known_parts', 'column_meanings', 'is_short', 'sure_words', 'says', 'without_phrases', 'names_products',
-           'wishable', 'askable', 'stems', 'overlaps', 'doubtful']
+           'CODE', 'YES', 'NO', 'SAME_WORD', 'DIMENSIONS', 'ENDING', 'INCLUSIVE', 'stem', 'OPEN_NAMES', 'folded',
+           'padded_words', 'spelling_key', 'list_parts', 'known_parts', 'column_meanings', 'is_short', 'sure_words',
+           'says', 'without_phrases', 'names_products', 'wishable', 'askable', 'stems', 'parts_of_measure', 'excludes',
+           'grams', 'spoken_values', 'says_another', 'open_attributes', 'says_most', 'same_dimension', 'doubtful']
 
 # %% ../../nbs/12_shop.attributes.ipynb #a002
 import re
@@ -14,6 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 
 # %% ../../nbs/12_shop.attributes.ipynb #a006
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # Thai, kana, Han
@@ -182,33 +184,124 @@ def askable(
     return said
 
 # %% ../../nbs/12_shop.attributes.ipynb #a031
-UNITS = {"ounce": "oz", "fluid": "fl", "pound": "lb", "gram": "g", "kilogram": "kg", "inch": "in", "count": "ct", "pk": "pack",
-         "litre": "l", "liter": "l", "milliliter": "ml", "milligram": "mg", "grey": "gray", "colour": "color"}
+SAME_WORD = {word: name for name, words in {
+    "oz": "ounce", "fl": "fluid", "lb": "pound", "g": "gram", "kg": "kilogram", "in": "inch", "ct": "count", "pack": "pk",
+    "l": "litre liter", "ml": "milliliter millilitre", "mg": "milligram", "mm": "millimeter", "cm": "centimeter", "m": "meter",
+    "gray": "grey", "color": "colour", "men": "man male", "women": "woman female lady ladie",
+    "child": "kid children"}.items() for word in words.split()}
+DIMENSIONS = {unit: dimension for dimension, units in {
+    "length": "mm cm m in ft", "weight": "mg g kg oz lb", "volume": "ml cl l fl gallon",
+    "number": "ct pack pcs piece"}.items() for unit in units.split()}
+ENDING = re.compile(r"([^\W\d_])\1ing$|(?<=[^\W\d_]{3})ing$|s$")  # running, skiing, boots
 INCLUSIVE = frozenset(("unisex", "all", "any", "multi", "multicolor", "multicolour", "assorted", "universal", "various",
                        "adjustable", "mixed"))
 
 def stems(
     text: str,
 ) -> str:  # as `padded_words`
-    "Words without plural and with one name for each unit, for finding what two texts may share (ours)."
-    words = [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in padded_words(text).split()]
-    return " ".join(["", *(UNITS.get(word, word) for word in words), ""])
+    "Words without plural and -ing, with one name for each unit, for finding what two texts may share (ours)."
+    words = [ENDING.sub(r"\1", word) if len(word) > 3 else word for word in padded_words(text).split()]
+    return " ".join(["", *(SAME_WORD.get(word, word) for word in words), ""])
 
 stem = lru_cache(200_000)(stems)  # of values
 
-def overlaps(
+# %% ../../nbs/12_shop.attributes.ipynb #a035
+def parts_of_measure(
+    value: str,
+) -> tuple[set[str], set[str]]:  # numbers, other words
+    "The words of a value, numbers apart."
+    words = stem(value).split()
+    return {word for word in words if word[0].isdigit()}, {word for word in words if not word[0].isdigit()}
+
+def excludes(
     value: str,
     other: str,
 ) -> bool:
-    "Whether one of two values may include the other."
-    words, others = set(stem(value).split()), set(stem(other).split())
-    return words <= others or others <= words or not INCLUSIVE.isdisjoint(words | others)
+    "Whether an item cannot well have two values of one attribute: neither includes the other, and both measure one thing."
+    (numbers, words), (other_numbers, other_words) = map(parts_of_measure, (value, other))
+    if not INCLUSIVE.isdisjoint(words | other_words): return False
+    if numbers or other_numbers:
+        units = words <= other_words or other_words <= words
+        return bool(numbers and other_numbers) and numbers != other_numbers and units
+    return not (words <= other_words or other_words <= words)
+
+# %% ../../nbs/12_shop.attributes.ipynb #a038
+OPEN_NAMES = frozenset(("feature", "features", "benefit", "benefits", "specialty", "use", "uses", "function", "tag", "tags"))
+
+def grams(
+    text: str,  # from `stems`
+) -> set[str]:  # likewise
+    "All runs of one to three words."
+    words = text.split()
+    return {f" {' '.join(words[k:k + size])} " for size in (1, 2, 3) for k in range(len(words) - size + 1)}
+
+def spoken_values(
+    counts: Counter,   # of an attribute
+    least: int = 3,    # products that state a value, below which it may be any word (ours)
+) -> frozenset[str]:   # as `stems`
+    "What titles say when they state an attribute."
+    return frozenset(stem(value) for value, count in counts.items() if count >= least and not is_short(value))
+
+def says_another(
+    text: str,                # from `stems`
+    spoken: frozenset[str],   # from `spoken_values`
+    known: str,               # from `stems`: words that are accounted for
+) -> bool:
+    "Whether a text says a value of which no word is accounted for."
+    return any(set(known.split()).isdisjoint(said.split()) for said in grams(text) & spoken)
+
+def open_attributes(
+    products: Iterable[tuple[str, str, dict[str, tuple[str, ...]]]],  # title, category and attributes of a sample
+    spoken: dict[str, frozenset[str]],
+    share: float = 0.2,   # of the products whose titles say another value, too (ours)
+    suspected: float = 0.02,  # likewise, of attributes whose name says as much (ours)
+    least: int = 20,      # products that state the attribute, below which its name decides (ours)
+) -> set[str]:
+    "Attributes whose values do not exclude one another."
+    stated, another = Counter(), Counter()
+    for title, category, attributes in products:
+        text = stems(title)
+        for name, values in attributes.items():
+            stated[name] += 1
+            another[name] += says_another(text, spoken.get(name, frozenset()), stems(" ".join((category, name, *values))))
+    def is_open(name):
+        named = not OPEN_NAMES.isdisjoint(re.split(r"[\W_]+", name))
+        return another[name] > (suspected if named else share) * stated[name] if stated[name] >= least else named
+    return set(filter(is_open, stated))
+
+# %% ../../nbs/12_shop.attributes.ipynb #a040
+def says_most(
+    value: str,
+    text: str,   # from `stems`
+    known: str,  # likewise: words that are accounted for
+) -> bool:
+    "Whether a text says a value, or at least half of its words."
+    words = stem(value).split()
+    if stem(value) in text: return True
+    found = sum(f" {word} " in text for word in set(words) - set(known.split()))
+    return found > 0 and 2 * found >= len(words)
+
+def same_dimension(
+    value: str,
+    text: str,  # from `stems`
+) -> bool:
+    "Whether a value is a measure, and a text gives one of the same dimension."
+    numbers, words = parts_of_measure(value)
+    wanted = {DIMENSIONS[word] for word in words if numbers and word in DIMENSIONS}
+    given = {DIMENSIONS.get(word) for number, word in pairwise(text.split()) if number[0].isdigit()}
+    return not wanted.isdisjoint(given)
 
 def doubtful(
     value: str,                # that is wished for, or unwanted
-    stated: tuple[str, ...],   # the item's values
+    stated: tuple[str, ...],   # the item's values of this attribute
     text: str,                 # all that the item says, from `stems`
+    category: str,             # its category's name
+    spoken: frozenset[str] = frozenset(),  # from `spoken_values`
+    is_open: bool = False,     # from `open_attributes`
 ) -> bool:
     "Whether an item that does not state a value may have it all the same."
     if value in stated: return False
-    return stem(value) in text or any(overlaps(value, other) for other in stated)
+    known = stems(" ".join((category, *stated)))
+    if says_most(value, text, known): return True
+    if stated: return is_open or not all(excludes(value, other) for other in stated)
+    return says_another(text, spoken, known) or same_dimension(value, text)

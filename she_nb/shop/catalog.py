@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BREAKS', 'ELEMENTS', 'HTML_TAG', 'SILENT', 'CHAIN_MARKS', 'LONGEST_WORD', 'PRICE', 'READERS', 'FORMATS',
-           'OPTION_MARK', 'LEAST_PRODUCTS', 'LEAST_CATEGORIES', 'Product', 'Lexicon', 'clean_text', 'lower_case',
-           'clean_word', 'read_title', 'read_category', 'read_price', 'as_object', 'read_values', 'read_attributes',
-           'read_name', 'read_row', 'check_rows', 'raise_row_errors', 'read_utf8', 'jsonl_rows', 'check_columns',
-           'csv_rows', 'parquet_rows', 'read_rows', 'plain_level', 'unique_leaves', 'terciles', 'band_of',
-           'stated_values', 'unsaid_values', 'item_text', 'BrandFact', 'brand_fact', 'variant_title', 'variant_groups',
-           'value_counts', 'tidy_products', 'finalize_products', 'Catalog', 'brand_facts', 'load_catalog',
-           'load_lexicon', 'embedded']
+           'OPTION_MARK', 'SAMPLE', 'LEAST_PRODUCTS', 'LEAST_CATEGORIES', 'Product', 'Lexicon', 'clean_text',
+           'lower_case', 'clean_word', 'read_title', 'read_category', 'read_price', 'as_object', 'read_values',
+           'read_attributes', 'read_name', 'read_row', 'check_rows', 'raise_row_errors', 'read_utf8', 'jsonl_rows',
+           'check_columns', 'csv_rows', 'parquet_rows', 'read_rows', 'plain_level', 'unique_leaves', 'terciles',
+           'band_of', 'stated_values', 'unsaid_values', 'item_text', 'BrandFact', 'brand_fact', 'variant_title',
+           'variant_groups', 'value_counts', 'tidy_products', 'finalize_products', 'Catalog', 'brand_facts',
+           'load_catalog', 'load_lexicon', 'embedded']
 
 # %% ../../nbs/12_shop.catalog.ipynb #c002
 import csv
@@ -34,9 +34,11 @@ from she_nb.shop.attributes import (
     doubtful,
     folded,
     is_short,
+    open_attributes,
     padded_words,
     phrase,
     says,
+    spoken_values,
     stems,
     sure_words,
     without_phrases,
@@ -491,6 +493,8 @@ def finalize_products(
     return list(map(finished, products)), cuts
 
 # %% ../../nbs/12_shop.catalog.ipynb #c072
+SAMPLE = 20_000  # products from which it is told which attributes are open (ours)
+
 @dataclass
 class Catalog:
     "Products, with their price bands, category relations and brand facts."
@@ -510,7 +514,8 @@ class Catalog:
 
     def doubts(self, name: str, value: str, product: Product) -> bool:
         "Whether a product may have a value that it does not state, by its text and its other values."
-        return doubtful(value, stated_values(product).get(name, ()), stems(product.text))
+        stated, spoken = stated_values(product).get(name, ()), self.spoken.get(name, frozenset())
+        return doubtful(value, stated, stems(product.text), product.category[-1], spoken, name in self.open_names)
 
     def canonical(self, word: str) -> str:
         "The catalogue's word for a synonym; any other word as it is."
@@ -548,9 +553,21 @@ class Catalog:
     @cached_property
     def asked(self) -> dict[tuple[str, str], str]:
         "Attribute and value -> what queries say for it; what no query wishes for is left out."
-        columns = value_counts(self.products)
-        return {(name, value): said for name, counts in columns.items() if name != "brand"
+        return {(name, value): said for name, counts in self.columns.items() if name != "brand"
                 for value, said in askable(name, counts).items()}
+
+    @cached_property
+    def columns(self) -> dict[str, Counter]: return value_counts(self.products)
+
+    @cached_property
+    def spoken(self) -> dict[str, frozenset[str]]:
+        names = {name for name, _ in self.asked} | {"brand"}
+        return {name: spoken_values(counts) for name, counts in self.columns.items() if name in names}
+
+    @cached_property
+    def open_names(self) -> set[str]:
+        sample = self.products[::len(self.products) // SAMPLE + 1]
+        return open_attributes([(item.title, item.category[-1], item.attributes) for item in sample], self.spoken)
 
     @cached_property
     def groups(self) -> dict[str, str]: return variant_groups(self.products)
