@@ -21,7 +21,7 @@ import math
 import re
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -374,7 +374,7 @@ def stated_values(
     product: Product,
 ) -> dict[str, tuple[str, ...]]:  # wish name -> values
     "The attribute values that an item states, its brand included."
-    return product.attributes | ({"brand": (product.brand,)} if product.brand else {})
+    return product.attributes | {"brand": (product.brand,)} if product.brand else product.attributes
 
 def unsaid_values(
     product: Product,
@@ -382,16 +382,16 @@ def unsaid_values(
     sure: frozenset[tuple[str, str]],      # from `sure_words`
 ) -> dict[str, list[str]]:                 # attribute -> values, "brand" among them
     "What an item states and its title does not say."
-    title, stated = padded_words(product.title), stated_values(product)
-    leaf = phrase(product.category[-1])
-    category = leaf, phrase(product.category[-1].removesuffix("s"))
+    title, leaf = padded_words(product.title), product.category[-1]
+    phrases = [(name, value, phrase(value)) for name, values in stated_values(product).items() for value in values]
+    phrases += [("category", leaf, phrase(leaf)), ("category", leaf, phrase(leaf.removesuffix("s")))]
     def said(name, value, form):
         if is_short(form): return (name, form) in sure and form in folded(product.title).split()
         if (words := phrase(form)) not in title: return False
-        others = [phrase(other) for key, values in stated.items() for other in values if (key, other) != (name, value)]
-        return says(without_phrases(title, words, (*others, *category)), words)
+        others = [other for key, another, other in phrases if words in other and (key, another) != (name, value)]
+        return says(without_phrases(title, others), words)
     return {name: [value for value in values if not any(said(name, value, form) for form in (value, *synonyms.get(value, ())))]
-            for name, values in stated.items()}
+            for name, values in stated_values(product).items()}
 
 # %% ../../nbs/12_shop.catalog.ipynb #c064
 def item_text(
@@ -453,23 +453,25 @@ def value_counts(
     products: list[Product],
 ) -> dict[str, Counter]:  # attribute, or "brand" -> value -> products
     "The columns of a catalogue."
-    columns = {}
+    columns = defaultdict(Counter)
     for product in products:
-        for name, values in stated_values(product).items(): columns.setdefault(name, Counter()).update(values)
-    return columns
+        for name, values in stated_values(product).items():
+            for value in values: columns[name][value] += 1
+    return dict(columns)
 
 def tidy_products(
     products: list[Product],
 ) -> list[Product]:
     "Products whose values are as their columns show them: placeholders dropped, lists cut, spellings made one."
-    meanings = {name: column_meanings(counts, name != "brand") for name, counts in value_counts(products).items()}
+    meanings = {name: meaning for name, counts in value_counts(products).items()
+                if (meaning := column_meanings(counts, name != "brand"))}
     def tidy(name, values):
-        parts = (part for value in values for part in meanings[name].get(value, (value,)))
-        return tuple(dict.fromkeys(parts))
+        meaning = meanings.get(name, {})
+        return tuple(dict.fromkeys(part for value in values for part in meaning.get(value, (value,))))
     def tidied(product):
-        changed = any(value in meanings[name] for name, values in stated_values(product).items() for value in values)
-        if not changed: return product
-        stated = {name: tidy(name, values) for name, values in stated_values(product).items()}
+        stated = stated_values(product)
+        if all(meanings[name].keys().isdisjoint(stated[name]) for name in meanings.keys() & stated.keys()): return product
+        stated = {name: tidy(name, values) for name, values in stated.items()}
         brand = next(iter(stated.pop("brand", ())), None)
         return replace(product, attributes={name: values for name, values in stated.items() if values}, brand=brand)
     return list(map(tidied, products))
@@ -486,10 +488,11 @@ def finalize_products(
     for product in products:
         if product.price is not None: prices[leaves[product.category]].append(product.price)
     cuts = {path: terciles(category_prices) for path, category_prices in prices.items()}
-    sure = sure_words([(product.title, stated_values(product)) for product in products])
+    sure = sure_words(((product.title, stated_values(product)) for product in products), value_counts(products))
     def finished(product):
-        product = replace(product, category=leaves[product.category])
-        return replace(product, text=item_text(product, band_of(product.price, cuts[product.category]), synonyms, sure))
+        category = leaves[product.category]
+        text = item_text(product, band_of(product.price, cuts[category]), synonyms, sure)
+        return replace(product, category=category, text=text)
     return list(map(finished, products)), cuts
 
 # %% ../../nbs/12_shop.catalog.ipynb #c072

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ENGLISH', 'ASK', 'CANDIDATES', 'TEST_SHARE', 'UNIFORM_TYPES', 'WILD_TYPES', 'PATIENCE', 'SHOWN_SLIPS', 'HIDDEN_SLIPS',
-           'SLIPS', 'category_name', 'item_value', 'Request', 'sample_synonym', 'sample_wishes', 'say', 'Others',
-           'ask_plain', 'ask_negation', 'in_words', 'ask_alternative', 'ask_knowledge', 'ask_question', 'Near',
-           'Shelves', 'true_steps', 'split_of', 'draw_pair', 'build_pairs', 'words_of', 'Annotator', 'misread_query',
-           'misread_value', 'compare_hastily', 'annotate', 'annotate_all', 'Data', 'wish_shares', 'split_shelves',
-           'make_data', 'leaks', 'save_data', 'load_part', 'response_limit']
+           'SLIPS', 'category_name', 'item_value', 'Request', 'sample_synonym', 'sample_wishes', 'say', 'ask_plain',
+           'ask_negation', 'in_words', 'ask_alternative', 'ask_knowledge', 'ask_question', 'Shelves', 'true_steps',
+           'split_of', 'draw_pair', 'build_pairs', 'words_of', 'Annotator', 'misread_query', 'misread_value',
+           'compare_hastily', 'annotate', 'annotate_all', 'Data', 'wish_shares', 'split_shelves', 'make_data', 'leaks',
+           'save_data', 'load_part', 'response_limit']
 
 # %% ../../nbs/14_shop.pairs.ipynb #c002
 import json
@@ -17,13 +17,14 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
 from .attributes import phrase
 from .catalog import Catalog, Product, plain_level, stated_values
+from .near import Near, Others
 from .phrases import PHRASES, Phrases, phrases_of
 from she_nb.task import (
     BANDS,
@@ -99,15 +100,6 @@ def say(
     "The values of wishes, as a query words them."
     return joint.join(sample_synonym(catalog.asked[wish.name, wish.value], catalog, rng) for wish in wishes)
 
-# %% ../../nbs/14_shop.pairs.ipynb #s018o
-class Others(Sequence):
-    "A list without one of its members (ours)."
-    def __init__(self, members: list, place: int): self.members, self.place = members, place
-
-    def __len__(self) -> int: return len(self.members) - 1
-
-    def __getitem__(self, k: int): return self.members[k + (k >= self.place)]
-
 # %% ../../nbs/14_shop.pairs.ipynb #c019
 ENGLISH = PHRASES["en"]
 
@@ -181,25 +173,6 @@ def ask_question(product: Product, catalog: Catalog, rng: random.Random, count: 
 
 ASK = {"plain": ask_plain, "negation": ask_negation, "alternative": ask_alternative,
        "question": ask_question, "knowledge": ask_knowledge}
-
-# %% ../../nbs/14_shop.pairs.ipynb #n025
-class Near:
-    "Which categories are related to which: those beside it and above it, without a table of all pairs (ours)."
-    def __init__(self, paths: Iterable[tuple[str, ...]]):
-        self.paths, self.groups, self.places = set(paths), {}, {}
-        for path in paths:
-            group = self.groups.setdefault(path[:-1] or path[0], [])  # a department has none beside it
-            self.places[path] = len(group)
-            group.append(path)
-
-    def of(
-        self,
-        asked: tuple[str, ...],
-    ) -> Sequence[tuple[str, ...]]:  # in the order of the paths; those above last
-        "The categories whose items are related to what is asked for."
-        beside = Others(self.groups[asked[:-1] or asked[0]], self.places[asked])
-        above = [asked[:k] for k in range(1, len(asked)) if asked[:k] in self.paths]
-        return [*beside, *above] if above else beside
 
 # %% ../../nbs/14_shop.pairs.ipynb #c025
 CANDIDATES = {"seed": 0.2, "closest": 0.25, "other_values": 0.2, "sibling": 0.2, "accessory": 0.05, "random": 0.1}  # ours
@@ -477,13 +450,16 @@ def make_data(
 # %% ../../nbs/14_shop.pairs.ipynb #c051
 def leaks(
     data: Data,
-) -> dict[str, int]:  # what is shared: item texts, items, queries, pairs
+    groups: dict[str, str] | None = None,  # item's id -> product, of a catalogue's variants
+) -> dict[str, int]:  # what is shared: item texts, items, queries, pairs, products
     "Count what training and tests share; every count must be 0, also that of pairs shared between SFT, RL and the held-out ones."
     train, test = data.sft + data.rl + data.valid, data.wild + data.balanced
     shared = {name: len({getattr(pair, name) for pair in train} & {getattr(pair, name) for pair in test})
               for name in ("item", "item_id", "query", "id")}
+    products = [{(groups or {}).get(pair.item_id) for pair in pairs} - {None} for pairs in (train, test)]
     parts = [{pair.id for pair in pairs} for pairs in (data.sft, data.rl, data.valid)]
-    return shared | {"within_training": sum(map(len, parts)) - len(set.union(*parts))}
+    return shared | {"group": len(set.intersection(*products)),
+                     "within_training": sum(map(len, parts)) - len(set.union(*parts))}
 
 # %% ../../nbs/14_shop.pairs.ipynb #c054
 def save_data(
