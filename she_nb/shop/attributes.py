@@ -302,6 +302,7 @@ def same_dimension(
     given = {DIMENSIONS.get(word) for number, word in pairwise(text.split()) if number[0].isdigit()}
     return not wanted.isdisjoint(given)
 
+# %% ../../nbs/12_shop.attributes.ipynb #a043
 def doubtful(
     value: str,                # that is wished for, or unwanted
     stated: tuple[str, ...],   # the item's values of this attribute

@@ -9,8 +9,8 @@ __all__ = ['BREAKS', 'ELEMENTS', 'HTML_TAG', 'SILENT', 'CHAIN_MARKS', 'LONGEST_W
            'read_attributes', 'read_name', 'read_row', 'check_rows', 'raise_row_errors', 'read_utf8', 'jsonl_rows',
            'check_columns', 'csv_rows', 'parquet_rows', 'read_rows', 'plain_level', 'unique_leaves', 'terciles',
            'band_of', 'stated_values', 'unsaid_values', 'item_text', 'BrandFact', 'brand_fact', 'variant_title',
-           'variant_groups', 'value_counts', 'tidy_products', 'finalize_products', 'Catalog', 'brand_facts',
-           'load_catalog', 'load_lexicon', 'embedded']
+           'variant_groups', 'value_counts', 'tidy_products', 'finalize_products', 'Columns', 'Catalog', 'brand_facts',
+           'makers', 'word_meanings', 'load_catalog', 'load_lexicon', 'embedded']
 
 # %% ../../nbs/12_shop.catalog.ipynb #c002
 import csv
@@ -495,9 +495,39 @@ def finalize_products(
         return replace(product, category=category, text=text)
     return list(map(finished, products)), cuts
 
-# %% ../../nbs/12_shop.catalog.ipynb #c072
+# %% ../../nbs/12_shop.catalog.ipynb #t072c
 SAMPLE = 20_000  # products from which it is told which attributes are open (ours)
 
+@dataclass
+class Columns:
+    "What the attributes of all products together show (chapter attributes)."
+    products: list[Product]
+
+    @cached_property
+    def counts(self) -> dict[str, Counter]: return value_counts(self.products)
+
+    @cached_property
+    def asked(self) -> dict[tuple[str, str], str]:
+        "Attribute and value -> what queries say for it; what no query wishes for is left out."
+        return {(name, value): said for name, counts in self.counts.items() if name != "brand"
+                for value, said in askable(name, counts).items()}
+
+    @cached_property
+    def spoken(self) -> dict[str, frozenset[str]]:
+        names = {name for name, _ in self.asked} | {"brand"}
+        return {name: spoken_values(counts) for name, counts in self.counts.items() if name in names}
+
+    @cached_property
+    def open_names(self) -> set[str]:
+        sample = self.products[::len(self.products) // SAMPLE + 1]
+        return open_attributes([(item.title, item.category[-1], item.attributes) for item in sample], self.spoken)
+
+    def doubts(self, name: str, value: str, product: Product) -> bool:
+        "Whether a product may have a value that it does not state, by its text and its other values."
+        stated, spoken = stated_values(product).get(name, ()), self.spoken.get(name, frozenset())
+        return doubtful(value, stated, stems(product.text), product.category[-1], spoken, name in self.open_names)
+
+# %% ../../nbs/12_shop.catalog.ipynb #c072
 @dataclass
 class Catalog:
     "Products, with their price bands, category relations and brand facts."
@@ -515,11 +545,6 @@ class Catalog:
         "How an item's category, given as path or leaf name, relates to the one asked for: one of `task.RELATIONS`."
         return relate(*(self.paths[path] if isinstance(path, str) else path for path in (asked, offered)))
 
-    def doubts(self, name: str, value: str, product: Product) -> bool:
-        "Whether a product may have a value that it does not state, by its text and its other values."
-        stated, spoken = stated_values(product).get(name, ()), self.spoken.get(name, frozenset())
-        return doubtful(value, stated, stems(product.text), product.category[-1], spoken, name in self.open_names)
-
     def canonical(self, word: str) -> str:
         "The catalogue's word for a synonym; any other word as it is."
         return self.meanings.get(word, word)
@@ -530,50 +555,13 @@ class Catalog:
         for product in self.products: shelves[product.category].append(product)
         return shelves
 
-    @cached_property
-    def paths(self) -> dict[str, tuple[str, ...]]: return {path[-1]: path for path in self.cuts}
-
-    @cached_property
-    def meanings(self) -> dict[str, str]:
-        tables = (self.lexicon.query_synonyms, self.lexicon.title_synonyms)
-        return {synonym: word for table in tables for word, synonyms in table.items() for synonym in synonyms}
-
-    @cached_property
-    def brands(self) -> dict[str, BrandFact]: return brand_facts(self)
-
-    @cached_property
-    def makers(self) -> dict[str, list[str]]:
-        "Leaf category -> the brands whose main category it is, sorted."
-        makers = {}
-        for brand in sorted(self.brands): makers.setdefault(self.brands[brand].category, []).append(brand)
-        return makers
-
-    @cached_property
-    def places(self) -> dict[str, int]:
-        "Where each product, by its id, stands in its category."
-        return {product.id: k for shelf in self.by_category.values() for k, product in enumerate(shelf)}
-
-    @cached_property
-    def asked(self) -> dict[tuple[str, str], str]:
-        "Attribute and value -> what queries say for it; what no query wishes for is left out."
-        return {(name, value): said for name, counts in self.columns.items() if name != "brand"
-                for value, said in askable(name, counts).items()}
-
-    @cached_property
-    def columns(self) -> dict[str, Counter]: return value_counts(self.products)
-
-    @cached_property
-    def spoken(self) -> dict[str, frozenset[str]]:
-        names = {name for name, _ in self.asked} | {"brand"}
-        return {name: spoken_values(counts) for name, counts in self.columns.items() if name in names}
-
-    @cached_property
-    def open_names(self) -> set[str]:
-        sample = self.products[::len(self.products) // SAMPLE + 1]
-        return open_attributes([(item.title, item.category[-1], item.attributes) for item in sample], self.spoken)
-
-    @cached_property
-    def groups(self) -> dict[str, str]: return variant_groups(self.products)
+    paths = cached_property(lambda self: {path[-1]: path for path in self.cuts})     # by leaf name
+    places = cached_property(lambda self: {item.id: k for shelf in self.by_category.values() for k, item in enumerate(shelf)})
+    meanings = cached_property(lambda self: word_meanings(self.lexicon))             # synonym -> the catalogue's word
+    brands = cached_property(lambda self: brand_facts(self))                         # brand -> its fact
+    makers = cached_property(lambda self: makers(self.brands))                       # leaf category -> brands
+    columns = cached_property(lambda self: Columns(self.products))
+    groups = cached_property(lambda self: variant_groups(self.products))             # id -> product of which it is a variant
 
 # %% ../../nbs/12_shop.catalog.ipynb #c073
 def brand_facts(
@@ -585,6 +573,21 @@ def brand_facts(
         if product.brand: products_by_brand.setdefault(product.brand, []).append((product.category[-1], catalog.band(product)))
     facts = {brand: brand_fact(*map(list, zip(*rows, strict=True))) for brand, rows in products_by_brand.items()}
     return {brand: fact for brand, fact in facts.items() if fact}
+
+def makers(
+    brands: dict[str, BrandFact],
+) -> dict[str, list[str]]:  # leaf category -> the brands whose main category it is, sorted
+    "Who makes what."
+    makers = {}
+    for brand in sorted(brands): makers.setdefault(brands[brand].category, []).append(brand)
+    return makers
+
+def word_meanings(
+    lexicon: Lexicon,
+) -> dict[str, str]:  # synonym -> the catalogue's word
+    "What the synonyms of a lexicon mean."
+    tables = (lexicon.query_synonyms, lexicon.title_synonyms)
+    return {synonym: word for table in tables for word, synonyms in table.items() for synonym in synonyms}
 
 # %% ../../nbs/12_shop.catalog.ipynb #c077
 LEAST_PRODUCTS, LEAST_CATEGORIES = 50, 2  # below these there is nothing to tell apart (ours)

@@ -6,15 +6,14 @@
 __all__ = ['ENGLISH', 'ASK', 'CANDIDATES', 'TEST_SHARE', 'UNIFORM_TYPES', 'WILD_TYPES', 'PATIENCE', 'SHOWN_SLIPS', 'HIDDEN_SLIPS',
            'SLIPS', 'category_name', 'item_value', 'Request', 'sample_synonym', 'sample_wishes', 'say', 'ask_plain',
            'ask_negation', 'in_words', 'ask_alternative', 'ask_knowledge', 'ask_question', 'Shelves', 'true_steps',
-           'split_of', 'draw_pair', 'build_pairs', 'words_of', 'Annotator', 'misread_query', 'misread_value',
-           'compare_hastily', 'annotate', 'annotate_all', 'Data', 'wish_shares', 'split_shelves', 'make_data', 'leaks',
-           'save_data', 'load_part', 'response_limit']
+           'split_of', 'draw_pair', 'build_pairs', 'Annotator', 'misread_query', 'misread_value', 'compare_hastily',
+           'annotate', 'annotate_all', 'Data', 'wish_shares', 'split_shelves', 'make_data', 'leaks', 'save_data',
+           'load_part', 'response_limit']
 
 # %% ../../nbs/14_shop.pairs.ipynb #c002
 import json
 import math
 import random
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
-from .attributes import phrase
+from .attributes import padded_words, phrase
 from .catalog import Catalog, Product, plain_level, stated_values
 from .near import Near, Others
 from .phrases import PHRASES, Phrases, phrases_of
@@ -74,6 +73,7 @@ def sample_synonym(
     "Sample a query synonym of a word."
     return rng.choice((word, *catalog.lexicon.query_synonyms.get(word, ())))
 
+# %% ../../nbs/14_shop.pairs.ipynb #w018
 def sample_wishes(
     product: Product,
     catalog: Catalog,
@@ -84,8 +84,8 @@ def sample_wishes(
     "Sample wishes that the product meets; no two say the same, and none what the category's name says."
     options, said = [], [set(phrase(product.category[-1]).split())]
     for name, values in product.attributes.items():
-        if name == besides or (name, values[0]) not in catalog.asked: continue
-        words = set(phrase(catalog.asked[name, values[0]]).split())
+        if name == besides or (name, values[0]) not in catalog.columns.asked: continue
+        words = set(phrase(catalog.columns.asked[name, values[0]]).split())
         if any(words <= other or other <= words for other in said[1:]) or words <= said[0]: continue
         options.append(Wish(name, values[0]))
         said.append(words)
@@ -98,7 +98,7 @@ def say(
     joint: str = " ",
 ) -> str:
     "The values of wishes, as a query words them."
-    return joint.join(sample_synonym(catalog.asked[wish.name, wish.value], catalog, rng) for wish in wishes)
+    return joint.join(sample_synonym(catalog.columns.asked[wish.name, wish.value], catalog, rng) for wish in wishes)
 
 # %% ../../nbs/14_shop.pairs.ipynb #c019
 ENGLISH = PHRASES["en"]
@@ -120,7 +120,7 @@ def ask_negation(product: Product, catalog: Catalog, rng: random.Random, count: 
     own = stated_values(product)
     options = sorted({(name, value) for other in rng.sample(shelf, min(4, len(shelf)))
                       for name, values in other.attributes.items() for value in values[:1]
-                      if name in own and value not in own[name] and (name, value) in catalog.asked})
+                      if name in own and value not in own[name] and (name, value) in catalog.columns.asked})
     if not options: return None
     name, value = rng.choice(options)
     wishes = sample_wishes(product, catalog, rng, count - 1, besides=name)
@@ -263,7 +263,8 @@ def draw_pair(
     item = shelves.candidate(candidate_type, product, rng, request.wishes)
     key = item and f"{zlib.crc32(request.query.encode()):08x}-{item.id}"
     if item is None or full and full(key, query_type): return None
-    if any(shelves.catalog.doubts(wish.name, wish.value, item) for wish in request.wishes if wish.name != "price"): return None
+    doubts, checked = shelves.catalog.columns.doubts, [wish for wish in request.wishes if wish.name != "price"]
+    if any(doubts(wish.name, wish.value, item) for wish in checked): return None
     truth = true_steps(request, item, shelves.catalog)
     return Pair(key, request.query, item.text, query_type, candidate_type, item.id, truth)
 
@@ -307,11 +308,6 @@ SHOWN_SLIPS = {"negation_as_wish": 0.6, "price_dropped": 0.55, "brand_misplaced"
 HIDDEN_SLIPS = {"wish_dropped": 0.3, "value_confused": 0.3, "item_skimmed": 0.6, "stopped_early": 0.6}
 SLIPS = {"all": SHOWN_SLIPS | HIDDEN_SLIPS, "shown": SHOWN_SLIPS | dict.fromkeys(HIDDEN_SLIPS, 0.0)}  # rates: ours
 
-# %% ../../nbs/14_shop.pairs.ipynb #p041a
-def words_of(text: str) -> str:
-    "Letters and digits of a text, all else a blank."
-    return re.sub(r"[^a-z0-9]+", " ", text)
-
 # %% ../../nbs/14_shop.pairs.ipynb #c041
 @dataclass(frozen=True)
 class Annotator:
@@ -327,7 +323,7 @@ class Annotator:
         "Who annotates a catalogue's pairs: siblings by its paths, and each value confused with the next of its attribute."
         paths = {category_name(path): path for path in catalog.by_category}
         values = sorted({(name, value) for product in catalog.products for name, stated in product.attributes.items()
-                         for value in stated if (name, value) in catalog.asked})
+                         for value in stated if (name, value) in catalog.columns.asked})
         confusions = {(name, value): other for (name, value), (other_name, other) in pairwise(values) if name == other_name}
         return cls(paths, Near(catalog.by_category), confusions, slips, random.Random(seed))
 
@@ -347,7 +343,7 @@ def misread_query(annotator: Annotator, pair: Pair) -> tuple[str, list[Wish]]:
 
 def misread_value(annotator: Annotator, wish: Wish, value: str, item: str) -> str:
     "Step 2, for one wish: a value stated by a synonym is missed more often than a literal one."
-    if annotator.errs("value_missed" if f" {words_of(value)} " in item else "synonym_missed"): return "unknown"
+    if annotator.errs("value_missed" if phrase(value) in item else "synonym_missed"): return "unknown"
     confused = annotator.confusions.get((wish.name, value), value)
     return confused if wish.value not in (value, confused) and annotator.errs("value_confused") else value
 
@@ -365,7 +361,7 @@ def annotate(
 ) -> StepTruth:  # all fields set; an error propagates to the later steps
     "The chain of a fallible teacher."
     category, wishes = misread_query(annotator, pair)
-    item_category, item = pair.truth.item_category, f" {words_of(pair.item)} "
+    item_category, item = pair.truth.item_category, padded_words(pair.item)
     relation = relate(annotator.paths[category], annotator.paths[item_category])
     if relation == "related" and annotator.errs("sibling_accepted"): item_category, relation = category, "same"
     skimmed = relation == "unrelated" and annotator.errs("item_skimmed")
