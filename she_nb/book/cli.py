@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['kill_children', 'watch_parent', 'locked', 'check_space', 'check_book', 'snakemake', 'Progress', 'run_book', 'render',
            'share_of', 'run_command', 'list_runs', 'settings_command', 'stage_command', 'check_record',
-           'outputs_command', 'site_command', 'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser',
-           'parser', 'main']
+           'outputs_command', 'site_command', 'pairs_command', 'add_pairs', 'add_reading', 'catalog_command',
+           'add_catalog', 'add_pages', 'Parser', 'parser', 'main']
 
 # %% ../../nbs/80_book.cli.ipynb #a4591afe
 import argparse
@@ -330,6 +330,35 @@ def site_command(args) -> None:  # args: serve
     print(f"Served at http://127.0.0.1:{server.server_port}/ until you press Ctrl-C", flush=True)
     server.serve_forever()
 
+# %% ../../nbs/80_book.cli.ipynb #pairsc01
+def pairs_command(args) -> None:  # args: catalog, output, pairs, seed, language, audit
+    "`she-nb pairs`: pairs of a catalogue as a table, what they hold, and a sample to mark by hand (ours)."
+    from she_nb.shop.audit import built_pairs, counts_text, save_pairs, write_audit
+    from she_nb.shop.catalog import load_catalog
+    if args.pairs < 1: raise BookError(f"--pairs = {args.pairs} is less than one; give a number of pairs.")
+    output = Path(args.output)
+    if output.suffix not in (".parquet", ".csv", ".jsonl"):
+        raise BookError(f"{output}: can't write {output.suffix or 'this'}; use .parquet, .csv or .jsonl.")
+    catalog = load_catalog(args.catalog)
+    parts = built_pairs(catalog, args.pairs, args.seed, args.language or None)
+    sample = write_audit(parts, output.with_suffix(".audit.csv"), args.audit, args.seed)
+    save_pairs(parts, output)
+    print(f"{catalog.name}: {len(catalog.products)} products in {len(catalog.by_category)} categories\n{counts_text(parts)}")
+    for pair in parts["train"][:5]: print(f"  {pair.truth.tier}  {pair.query}  |  {pair.item[:100]}")
+    print(f"The pairs: {output}\nTo mark by hand, here or in nbs/audit.ipynb: {sample}")
+
+# %% ../../nbs/80_book.cli.ipynb #pairsc02
+def add_pairs(commands) -> None:  # of argparse
+    "The command that builds pairs alone."
+    pairs = commands.add_parser("pairs", help="build pairs of a catalogue and a sample of them to mark by hand")
+    pairs.set_defaults(run=pairs_command)
+    pairs.add_argument("catalog", help="your catalogue: CSV, JSONL or Parquet")
+    pairs.add_argument("-o", "--output", default="pairs.parquet", help=".parquet, .csv or .jsonl (pairs.parquet)")
+    pairs.add_argument("--pairs", type=int, default=1000, help="for training; a fifth as many for the test (1000)")
+    pairs.add_argument("--seed", type=int, default=0, help="of the sampling and the split (0)")
+    pairs.add_argument("--language", default="", help="of the queries: en, de, fr, es, zh or none; default: the titles'")
+    pairs.add_argument("--audit", type=int, default=50, help="pairs to mark by hand (50)")
+
 # %% ../../nbs/80_book.cli.ipynb #feedlook1
 def add_reading(command) -> None:  # of argparse
     "How a catalogue is read."
@@ -373,8 +402,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     "The command line of she-nb (ours)."
     top = Parser("she-nb", description="An executable book on judging relevance step by step.")
-    commands = top.add_subparsers(dest="command", required=True,
-                                  metavar="book, ablations, catalog, settings, stage, outputs or site")
+    commands = top.add_subparsers(dest="command", required=True)
     descriptions = {"book": "run the book once and write its report", "ablations": "run all studies with all seeds"}
     for name, description in descriptions.items():
         command = commands.add_parser(name, help=description, description=description)
@@ -398,7 +426,10 @@ def parser() -> Parser:
     settings.add_argument("preset", nargs="?", default="tiny", help="section of settings.ini (tiny)")
     settings.set_defaults(run=settings_command)
     add_catalog(commands)
+    add_pairs(commands)
     add_pages(commands)
+    *first, last = commands.choices
+    commands.metavar = f"{', '.join(first)} or {last}"
     return top
 
 # %% ../../nbs/80_book.cli.ipynb #da03980b
