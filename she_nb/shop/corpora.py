@@ -174,10 +174,10 @@ def read_items(
     if path.suffix.lower() == ".parquet": stream = parquet_items(path, wanted, locale)
     else:
         table = item_table(path)
-        key, item = item_columns(path, table.columns)
-        stream = ((str(row.get(key) or "").strip(), item_of(row, item) or {}) for _, row in table.rows)
-    for doc, item in stream:
-        if doc in wanted: found.setdefault(doc, item)
+        key, columns = item_columns(path, table.columns)
+        ids = ((str(row.get(key) or "").strip(), row) for _, row in table.rows)
+        stream = ((doc, item_of(row, columns) or {}) for doc, row in ids if doc in wanted)
+    for doc, item in stream: found.setdefault(doc, item)
     return found
 
 # %% ../../nbs/17_shop.corpora.ipynb #c021
