@@ -100,9 +100,9 @@ def stated_roles(
     for part in filter(None, text.split(",")):
         name, _, column = (piece.strip() for piece in part.partition("="))
         if name not in FIELDS | ITEM_FIELDS:
-            raise BookError(f"--columns {clean_text(part, 40)}: no field is called {clean_text(name, 20)!r}; "
+            raise BookError(f"--fields {clean_text(part, 40)}: no field is called {clean_text(name, 20)!r}; "
                             f"take {', '.join(FIELDS)} or {', '.join(ITEM_FIELDS)}.")
-        if column not in columns: raise BookError(f"--columns {clean_text(part, 40)}: {shown_columns(columns)}.")
+        if column not in columns: raise BookError(f"--fields {clean_text(part, 40)}: {shown_columns(columns)}.")
         roles[name] = column
     return roles
 
@@ -253,7 +253,7 @@ def read_columns(
     if missing:
         score = next((column for column in columns if plain_name(column) == "score" and "rating" in missing), None)
         reason = f"; is {score} a rating, or a ranker's number?" if score else f"; {shown_columns(columns)}."
-        mend = f"--columns {missing[-1]}={score or 'NAME'}"
+        mend = f"--fields {missing[-1]}={score or 'NAME'}"
         raise BookError(f"{path}: no column for {', '.join(missing)}{reason} Say which: {mend}.")
     return Columns(roles, item, raters, *table_format(columns, roles, raters))
 
@@ -402,7 +402,7 @@ class Labels:
     left_out: dict[str, int] = field(default_factory=dict)   # reason -> rows, filled while reading
 
 # %% ../../nbs/16_shop.labels.ipynb #l044
-WRITE = 'write a table with the columns query, doc_id and rating, or name its columns by --columns'
+WRITE = 'write a table with the columns query, doc_id and rating, or name its columns by --fields'
 
 def stated_scale(
     document: dict,  # a Quepid book
