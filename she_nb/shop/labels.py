@@ -237,7 +237,7 @@ def rater_columns(
     named = {column.removesuffix("_rating"): column for column in columns if column.endswith("_rating")}
     if named or [plain_name(column) for column in columns[:2]] != ["query", "docid"]: return named
     used = {*roles.values(), *item.values(), *EXTRA, "description"}
-    return {column: column for column in columns[2:] if column and column not in used}
+    return {column: column for column in columns[2:] if column and column not in used and plain_name(column) != "score"}
 
 def read_columns(
     path: Path,
