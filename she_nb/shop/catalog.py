@@ -334,9 +334,9 @@ def unsaid_values(
     sure: frozenset[tuple[str, str]],      # from `sure_words`
 ) -> dict[str, list[str]]:                 # attribute -> values, "brand" among them
     "What an item states and its title does not say."
-    title, leaf = padded_words(product.title), product.category[-1]
+    title, leaf = padded_words(product.title), product.category[-1] if product.category else ""
     phrases = [(name, value, phrase(value)) for name, values in stated_values(product).items() for value in values]
-    phrases += [("category", leaf, phrase(leaf)), ("category", leaf, phrase(leaf.removesuffix("s")))]
+    if leaf: phrases += [("category", leaf, phrase(leaf)), ("category", leaf, phrase(leaf.removesuffix("s")))]
     def said(name, value, form):
         if is_short(form): return (name, form) in sure and form in folded(product.title).split()
         if (words := phrase(form)) not in title: return False

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
 
+from .attributes import wishable
 from .catalog import Product, clean_text, clean_word, read_attributes, read_category, read_name, read_price
 from she_nb.shop.labels import (
     FIELDS,
@@ -31,7 +32,6 @@ from she_nb.shop.labels import (
     shown_columns,
     text_lines,
 )
-from .pairs import wishable
 from ..task import BookError
 
 # %% ../../nbs/17_shop.corpora.ipynb #c006

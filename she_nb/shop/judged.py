@@ -240,29 +240,29 @@ def label_pair(
 def item_sides(
     pairs: list[Pair],
     groups: list[str],       # the group of each pair's item; its text where it has none
-    catalogued: set[str],    # texts of the catalogue's items
+    catalogued: dict[str, str],  # text of each of the catalogue's items -> what its split hangs on
     sides: list[str],        # of each pair's query
     seed: int,
 ) -> dict[str, str]:         # group -> "train" or "test"
     "Where the items of each group go."
     seen: dict[str, set] = {}
     for pair, group, side in zip(pairs, groups, sides, strict=True):
-        seen.setdefault(group, set()).add(split_of(pair.item, seed) if pair.item in catalogued else side)
+        seen.setdefault(group, set()).add(split_of(catalogued[pair.item], seed) if pair.item in catalogued else side)
     return {group: next(iter(found)) if len(found) == 1 else split_of(group, seed) for group, found in seen.items()}
 
 def split_pairs(
     pairs: list[Pair],
     groups: list[str],                 # as of `item_sides`
-    catalogued: Iterable[str] = (),    # texts of the catalogue's items
+    catalogued: dict[str, str] | None = None,  # as of `item_sides`; None for no catalogue
     seed: int = 0,
 ) -> tuple[list[Pair], list[Pair], int]:  # training, test, and the number of pairs that straddle
     "Split by query and by item."
-    catalogued = set(catalogued)
+    catalogued = catalogued or {}
     sides = [split_of(" ".join(pair.query.lower().split()), seed) for pair in pairs]
     of_item = item_sides(pairs, groups, catalogued, sides, seed)
     parts: dict[str, list] = {"train": [], "test": [], "dropped": []}
     for pair, group, side in zip(pairs, groups, sides, strict=True):
-        fixed = split_of(pair.item, seed) if pair.item in catalogued else side
+        fixed = split_of(catalogued[pair.item], seed) if pair.item in catalogued else side
         parts[side if side == of_item[group] == fixed else "dropped"].append(pair)
     return parts["train"], parts["test"], len(parts["dropped"])
 
@@ -354,7 +354,8 @@ def label_data(
     "People's labels as pairs, split."
     both, joined, missing = join_opened(opened, catalog, products, locale)
     known = {pair.id: (pair, label, item) for label, item in both for pair in [label_pair(label, item)]}
-    catalogued = [product.text for product in catalog.products] if catalog else []
+    products = catalog.products if catalog else []
+    catalogued = {product.text: catalog.groups.get(product.id, product.text) for product in products}
     pairs, groups = zip(*((pair, group_of(label, item)) for pair, label, item in known.values()), strict=True)
     *parts, dropped = split_pairs(list(pairs), list(groups), catalogued, seed)
     train, test = (whole_queries(part, size, seed) for part, size in zip(parts, sizes, strict=True))
