@@ -413,10 +413,10 @@ def stated_scale(
     return "-".join([written(values[0]), written(values[-1])]) if isinstance(values, list) and len(values) > 1 else "0-3"
 
 def json_labels(path: Path, columns: str = "") -> Labels:
-    "A JSON file: one of four tools', or a list of rows."
+    "A JSON file: one of four tools', a list of rows, or a row a line."
     with open_text(path) as stream:
         try: document = json.load(stream)
-        except (ValueError, RecursionError): raise BookError(f"{path}: is not JSON; write it again.") from None
+        except (ValueError, RecursionError): return table_labels(path, object_table(path, json_lines(path)), columns)
     if isinstance(document, list): return table_labels(path, object_table(path, enumerate(document, 1)), columns)
     key = next((key for key in JSON_FORMATS if isinstance(document, dict) and key in document), None)
     if key is None:
