@@ -80,6 +80,7 @@ REFUSED = {
     "old code page": ("title,category\nBürste,b\n".encode("cp1252"), "--encoding cp1252"),
     "workbook": (b"PK\x03\x04", "zip archive"),
     "web page": ("<!DOCTYPE html><html>", "web page"),
+    "deep elements": ("<a>" * 10_000, "nests elements more than 100 deep"),
     "entities": ('<!DOCTYPE a [<!ENTITY b "c">]><a><item><t>&b;</t></item></a>', "declares entities"),
 }
 
@@ -103,6 +104,11 @@ def test_text_without_tags_and_entities(shop):
     product = shop(f"title,category,attr:care,attr:ideal for,attr:sleeve\n{line}\n")[0][0]
     assert product.title == "New! Tom & Co shirt" and product.category == ("home", "shirts")
     assert product.attributes == {"care": ("cold wash", "dry flat"), "ideal-for": ("men", "women"), "sleeve": ("l/s",)}
+
+
+def test_cells_of_any_length(shop):
+    products, _ = shop(f'title,category,note\n{"x" * 200_000},a > b,"{"y" * 500_000}\n"\n')
+    assert len(products[0].title) == 300
 
 
 def test_other_alphabets(shop):
