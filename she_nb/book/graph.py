@@ -119,8 +119,8 @@ def open_book(
         raise BookError("--columns, --encoding and --skip-bad say how a catalogue is read; name it with --catalog.")
     catalog, columns = (str(Path(path).resolve()) if path else "" for path in (catalog, columns))
     seeds = settings.ablation_seeds if studies else settings.seeds
-    arms = tuple(dict.fromkeys([*settings.arms, *(LABEL_ARMS if labels else ())]))
-    return Book(name, settings, arms, seeds, catalog, columns, encoding, skip_bad, work, reports, studies, labels)
+    settings = replace(settings, arms=tuple(dict.fromkeys([*settings.arms, *(LABEL_ARMS if labels else ())])))
+    return Book(name, settings, settings.arms, seeds, catalog, columns, encoding, skip_bad, work, reports, studies, labels)
 
 # %% ../../nbs/76_book.graph.ipynb #71c4588c
 @dataclass(frozen=True)
