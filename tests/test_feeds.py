@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from she_nb.shop.catalog import load_catalog, read_products
+from she_nb.shop.catalog import load_catalog
 from she_nb.shop.columns import read_mapping, recognise, write_mapping
 from she_nb.shop.feeds import warnings_of
 from she_nb.shop.look import own_form
+from she_nb.shop.products import read_products
 from she_nb.shop.tables import read_table
 from she_nb.task import BookError
 

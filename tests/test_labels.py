@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 from conftest import Desk, refused
 
-from she_nb.shop.catalog import Catalog, Product
+from she_nb.shop.catalog import Catalog
 from she_nb.shop.corpora import ESCI_FILES, read_items, read_judgments
 from she_nb.shop.judged import gather, label_data, open_labels
 from she_nb.shop.pairs import split_of
+from she_nb.shop.products import Product
 
 BOOK = {"scale": [0, 1], "query_doc_pairs": [
     {"query_text": "lamp", "doc_id": "A", "document_fields": {"name": "Desk lamp"},

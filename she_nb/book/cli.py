@@ -90,8 +90,9 @@ def check_book(
     "Load the user's catalogue and labels and look at the disk; BookError in one sentence (ours)."
     for folder in (book.work, book.reports): check_space(folder / book.name)
     if not book.catalog and not book.labels: return
-    from she_nb.shop.catalog import load_catalog, read_products, write_bad
+    from she_nb.shop.catalog import load_catalog
     from she_nb.shop.judged import read_label_data
+    from she_nb.shop.products import read_products, write_bad
     reading = {"columns": book.columns or None, "skip_bad": book.skip_bad, "encoding": book.encoding}
     catalog = load_catalog(book.catalog, **reading) if book.catalog else None
     if book.labels: read_label_data(**book.labels, catalog=catalog, seed=book.settings.data_seed + book.seeds[0])

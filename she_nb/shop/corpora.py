@@ -14,7 +14,6 @@ from itertools import repeat
 from pathlib import Path
 
 from .attributes import wishable
-from .catalog import Product, clean_text, clean_word, read_attributes, read_category, read_name, read_price
 from she_nb.shop.labels import (
     FIELDS,
     ITEM_FIELDS,
@@ -32,6 +31,7 @@ from she_nb.shop.labels import (
     shown_columns,
     text_lines,
 )
+from .products import Product, clean_text, clean_word, read_attributes, read_category, read_name, read_price
 from ..task import BookError
 
 # %% ../../nbs/17_shop.corpora.ipynb #c006

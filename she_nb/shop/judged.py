@@ -18,10 +18,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .catalog import Catalog, Product, clean_text, item_text
+from .catalog import Catalog, item_text
 from .corpora import as_product, neighbour_items, read_items, read_judgments
 from .labels import Judgment, read_queries
 from .pairs import category_name, load_part, split_of
+from .products import Product, clean_text
 from ..task import BookError, Pair, StepTruth, atomic_write
 
 # %% ../../nbs/18_shop.judged.ipynb #j005

@@ -26,7 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from .catalog import clean_text
+from .products import clean_text
 from ..task import BookError
 
 # %% ../../nbs/16_shop.labels.ipynb #l006

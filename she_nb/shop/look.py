@@ -15,9 +15,9 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
-from .catalog import Product, read_products, write_bad
 from .columns import Mapping, read_mapping, recognise, write_mapping
 from .feeds import Reading, named_counts, warnings_of
+from .products import Product, read_products, write_bad
 from .tables import read_table
 from ..task import BookError, atomic_write
 

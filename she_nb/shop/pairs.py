@@ -22,9 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from .attributes import padded_words, phrase
-from .catalog import Catalog, Product, plain_level, stated_values
+from .catalog import Catalog, plain_level, stated_values
 from .near import Near, Others
 from .phrases import PHRASES, Phrases, phrases_of
+from .products import Product
 from she_nb.task import (
     BANDS,
     QUERY_TYPES,
