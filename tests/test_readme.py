@@ -64,7 +64,7 @@ def check_she_nb(words):
     args = parser().parse_args(words[1:])
     if args.command == "stage": check_arguments(args.stage, declared(stage_notebook(args.stage)), values(words))
     elif args.command == "settings": open_book(args.preset)
-    else: open_book(args.preset, args.name, **values(words))
+    elif args.command in ("book", "ablations"): open_book(args.preset, args.name, **values(words))
 
 
 def check_source(words): assert words == ["source", ".venv/bin/activate"]
