@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gae', 'terminal_rewards', 'Critic', 'explained_variance', 'masked_whiten', 'batch_slices', 'critic_step', 'Answer',
-           'rated_answers', 'answer_batch', 'fit_critic', 'PPOCore', 'PPOTrainer']
+           'rated_answers', 'answer_batch', 'fit_critic', 'CriticTrainer', 'PPOCore', 'PPOTrainer']
 
 # %% ../../nbs/42_learning.ppo.ipynb #c002
 import random
@@ -174,8 +174,8 @@ def fit_critic(
     return explained
 
 # %% ../../nbs/42_learning.ppo.ipynb #c016
-class PPOCore(StepGRPOTrainer):
-    "PPO with a critic and GAE (1707.06347), on the outcome, with TRL's clipped loss."
+class CriticTrainer(StepGRPOTrainer):
+    "A trainer with a critic, which is fitted before the first step where answers are given."
     def __init__(
         self,
         *args,
@@ -197,6 +197,9 @@ class PPOCore(StepGRPOTrainer):
         micro_batch, steps, self.critic_steps = self.args.per_device_train_batch_size, self.critic_steps, 0
         fit_critic(self.critic, self.critic_optimizer, self.answers, steps, batch, micro_batch, self.args.seed)
 
+# %% ../../nbs/42_learning.ppo.ipynb #c016b
+class PPOCore(CriticTrainer):
+    "PPO with a critic and GAE (1707.06347), on the outcome, with TRL's clipped loss."
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training: return output

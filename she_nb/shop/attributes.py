@@ -181,10 +181,10 @@ def askable(
     logical = sum(count for value, count in counts.items() if value in YES | NO) >= .9 * counts.total()
     said = {}
     for value in filter(wishable, counts):
-        if value in YES or value in NO: phrase = spoken if value in YES and logical else ""
-        elif not any(map(str.isalpha, value)) or len(value) < 3 and value.isascii(): phrase = spoken and f"{spoken} {value}"
-        else: phrase = value
-        if phrase: said[value] = phrase
+        if value in YES or value in NO: form = spoken if value in YES and logical else ""
+        elif not any(map(str.isalpha, value)) or len(value) < 3 and value.isascii(): form = spoken and f"{spoken} {value}"
+        else: form = value
+        if form: said[value] = form
     return said
 
 # %% ../../nbs/12_shop.attributes.ipynb #a031
@@ -251,6 +251,7 @@ def spoken_values(
     "What titles say when they state an attribute."
     return frozenset(stem(value) for value, count in counts.items() if count >= least and not is_short(value))
 
+# %% ../../nbs/12_shop.attributes.ipynb #a038b
 def says_another(
     text_grams: set[str],     # from `grams`
     spoken: frozenset[str],   # from `spoken_values`
