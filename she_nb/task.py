@@ -152,7 +152,7 @@ RULES = {
     "full": """You judge how well an item answers a shop query. Answer in five tagged steps, one line each:
 <query> the category asked for, department first ; then each wish as name value, name not value, or price below band
 <item> the item's category, department first ; then the item's value for each wish, or unknown
-<category> the category asked for and the item's, then same, related or unrelated
+<category> the category asked for and the item's, then same (also where the item's is below it), related or unrelated
 <attributes> each wish, the item's value for it, and match, contradicted or unknown
 <tier> 4, 3, 2 or 1
 Rule: same category and every wish matched is 4; same category and no wish contradicted is 3; same category and a wish

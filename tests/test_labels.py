@@ -9,7 +9,7 @@ from conftest import Desk, refused
 from she_nb.shop.catalog import Catalog
 from she_nb.shop.corpora import ESCI_FILES, read_items, read_judgments
 from she_nb.shop.judged import gather, label_data, open_labels
-from she_nb.shop.pairs import split_of
+from she_nb.shop.pairs import split_of, split_shelves
 from she_nb.shop.products import Product
 
 BOOK = {"scale": [0, 1], "query_doc_pairs": [
@@ -93,6 +93,18 @@ def test_neither_query_nor_item_stands_on_both_sides(tmp_path):
     assert all(pair.truth.item_category.startswith("home") and pair.truth.wishes is None for pair in data.train)
     assert data.counts["train"] + data.counts["test"] + data.counts["dropped, for query and item part"] \
         + data.counts["items missing"] == data.counts["pairs"]
+
+
+def test_variants_stay_on_the_side_of_their_product(tmp_path):
+    rng = random.Random(0)
+    rows = [f"shirt {rng.randrange(90)},A{rng.randrange(300)},{rng.randrange(4)}" for _ in range(2000)]
+    (tmp_path / "case.csv").write_text("query,docid,rating\n" + "\n".join(rows))
+    shop = Catalog("shop", [Product(f"A{i}", f"Shirt {i}", ("tops", "shirts" if i % 2 else "vests"), group=f"g{i // 6}")
+                            for i in range(300)])
+    data = label_data(open_labels(tmp_path / "case.csv"), shop)
+    sides = {product.id: name for name in ("train", "test") for product in split_shelves(shop)[name].products}
+    assert len({sides[f"A{i}"] for i in range(6)}) == 1 and set(sides.values()) == {"train", "test"}
+    assert {sides[pair.item_id] for pair in data.train} == {"train"} and {sides[pair.item_id] for pair in data.test} == {"test"}
 
 
 def test_what_is_kept_of_a_large_file_is_bounded():
