@@ -1,14 +1,16 @@
 # The doors of the book. Each makes the environment first, and again whenever its description changed.
 #     make book                       the whole book with the tiny model: reports/book/report.html
 #     make book CATALOG=shop.jsonl    the same on your catalogue: reports/book-shop/report.html
+#     make book LABELS=judged.csv     and on people's judgments
 #     make test | make ablations | make benchmark | make site | make lab | make outputs | make readme
-# Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1  SERVE=1
+# Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1  SERVE=1  MAPPING=map.toml  SKIP_BAD=1%  SCALE=0-3
 SHELL := /bin/bash
 PYTHON ?= python3
 PRESET ?= tiny
 README ?= README.md
 BIN := .venv/bin
 FLAGS = --preset $(PRESET) $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(NAME),--name "$(NAME)") \
+        $(if $(MAPPING),--columns "$(MAPPING)") $(if $(SKIP_BAD),--skip-bad "$(SKIP_BAD)") \
         $(if $(CORES),--cores $(CORES)) $(if $(FORCE),--force) $(if $(DRY),--dry-run)
 # uv where it works, plain pip where it does not
 INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q -p $(BIN)/python "$$@" \
@@ -18,7 +20,7 @@ INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q 
 .DELETE_ON_ERROR:
 
 book: .venv/.book
-	@exec $(BIN)/she-nb book $(FLAGS)
+	@exec $(BIN)/she-nb book $(FLAGS) $(if $(LABELS),--labels "$(LABELS)") $(if $(SCALE),--scale "$(SCALE)")
 
 ablations: .venv/.book
 	@exec $(BIN)/she-nb ablations $(FLAGS)

@@ -95,14 +95,13 @@ class StepTruth:
 
 # %% ../nbs/00_task.ipynb #c053
 def relate(
-    a: tuple[str, ...],  # a category path, root first
-    b: tuple[str, ...],  # another
-) -> str:                # one of RELATIONS
-    "Same, related (one parent, or one above the other), or unrelated (ours)."
-    if a == b: return "same"
-    shorter = min(len(a), len(b))
-    above = len(a) != len(b) and a[:shorter] == b[:shorter]
-    siblings = len(a) == len(b) > 1 and a[:-1] == b[:-1]
+    asked: tuple[str, ...],    # a category path, root first
+    offered: tuple[str, ...],  # the item's
+) -> str:                      # one of RELATIONS
+    "Same (or below what is asked for), related (one parent, or the item's above), or unrelated (ours)."
+    if offered[:len(asked)] == asked: return "same"
+    above = asked[:len(offered)] == offered
+    siblings = len(asked) == len(offered) > 1 and asked[:-1] == offered[:-1]
     return "related" if above or siblings else "unrelated"
 
 # %% ../nbs/00_task.ipynb #c015b

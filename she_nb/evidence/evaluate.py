@@ -123,7 +123,8 @@ def summary(
             if not (values := by_seed(own, arm, name)): continue
             low, high = ({s: v for s, v in by_seed(own, arm, name + end).items() if s in values} for end in ("_low", "_high"))
             interval = pooled_interval(values, low, high)
-            low, high = np.clip((interval.low, interval.high), -1. if name.endswith("qwk") else 0., 1.)   # no share lies outside
+            floor = -1. if name.endswith(("qwk", "cohen")) else 0.   # no share lies outside
+            low, high = np.clip((interval.low, interval.high), floor, 1.)
             rows.append((arm, name, interval.n, interval.mean, interval.std, low, high))
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
 

@@ -39,9 +39,10 @@ def samples_of(
 
 # %% ../../nbs/58_evidence.page.ipynb #bdc10cb7
 def _chain_cells(text, order, marks):
-    "The five steps of a chain as (words, mark, class)."
+    "The five steps of a chain as (words, mark, class); a step of unknown truth, None or NaN, has no mark."
     steps = parse(text, order).texts
-    return [(steps.get(k, "–"), *MARKS[marks[k]]) for k in ORDERS[order]]
+    known = [None if mark != mark else mark for mark in marks]
+    return [(steps.get(k, "–"), *MARKS[known[k]]) for k in ORDERS[order]]
 
 # %% ../../nbs/58_evidence.page.ipynb #b7a8f0a2
 def _chain_block(sample, rows, order):

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..policy.models import load_policy
 from .answers import Answer, Decoding, answer_prompts
-from ..shop.catalog import Product, clean_text, clean_word, item_text, read_attributes, read_price
-from ..shop.pairs import category_name, stated_values
+from ..shop.catalog import item_text, stated_values
+from ..shop.pairs import category_name
+from ..shop.products import Product, clean_text, clean_word, read_attributes, read_price
 from ..task import RULES, TIERS, BookError, prompt, read_step
 
 # %% ../../nbs/62_serving.judging.ipynb #jg0005

@@ -1,0 +1,170 @@
+"""Files of shops as they are: read rightly, or refused in one sentence that names the mend."""
+import csv
+import gzip
+import io
+import json
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from she_nb.shop.catalog import load_catalog
+from she_nb.shop.columns import read_mapping, recognise, write_mapping
+from she_nb.shop.feeds import warnings_of
+from she_nb.shop.look import own_form
+from she_nb.shop.products import read_products
+from she_nb.shop.tables import read_table
+from she_nb.task import BookError
+
+ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".xml", ".parquet", ".csv.gz", ".gz", "")
+
+
+@pytest.fixture
+def shop(tmp_path):
+    "Writes a file and reads its products."
+    def read(data, name="shop.csv", **how):
+        path = tmp_path / name
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return read_products(path, **how)
+    return read
+
+
+CATEGORIES = {
+    "arrows of all kinds": ("Shoes > Boots", "Shoes -> Clogs", "Shoes >> Socks", "Shoes › Laces"),
+    "slashes": ("Shoes/Boots", "Shoes/Clogs", "Hats/Caps", "Hats/Berets"),
+    "bars": ("Shoes | Boots", "Shoes | Clogs", "Hats | Caps", "Hats | Berets"),
+    "lists as text": ('"[""Shoes"", ""Boots""]"', '"[\'Shoes\', \'Clogs\']"', '"[""Hats >> Caps""]"', '"[""Hats"", ""Caps""]"'),
+}
+
+
+@pytest.mark.parametrize("form", CATEGORIES)
+def test_paths_of_a_column(shop, form):
+    rows = "\n".join(f"thing {k},{text}" for k, text in enumerate(CATEGORIES[form]))
+    products, _ = shop(f"title,category\n{rows}\n")
+    assert all(len(product.category) == 2 for product in products)
+
+
+def test_names_with_a_slash_are_no_paths(shop):
+    products, reading = shop("title,category\na,Shirts/Tops\nb,Trousers/Jeans\nc,Hats/Caps\n")
+    assert [product.category for product in products] == [("shirts/tops",), ("trousers/jeans",), ("hats/caps",)]
+    assert any("write Shoes > Boots" in said for said in warnings_of(reading))
+
+
+PRICES = {
+    "German": (["1.299,00 €", "19,90 €", "7 €"], [1299, 19.9, 7]),
+    "American": (["$1,299.00", "$19.90", "$7"], [1299, 19.9, 7]),
+    "Indian": (["₹1,29,990", "₹999", "Rs. 12,990"], [129990, 999, 12990]),
+    "codes": (["28.00 USD", "1065.00 USD", "USD 3"], [28, 1065, 3]),
+    "Swiss": (["1'299.00", "19.90", "7"], [1299, 19.9, 7]),
+    "words": (["POA", "from 12.99", "0"], [None, None, None]),
+}
+
+
+@pytest.mark.parametrize("form", PRICES)
+def test_prices_of_a_column(shop, form):
+    texts, values = PRICES[form]
+    rows = "\n".join(f'thing {k},a > b,"{text}"' for k, text in enumerate(texts))
+    assert [product.price for product in shop(f"title,category,price\n{rows}\n")[0]] == values
+
+
+REFUSED = {
+    "thousands or decimals": ("title,category,price\na,b,1.299\nc,d,129.000\n", "say decimal ="),
+    "two forms": ('title,category,price\na,b,19.90\nc,d,"19,90"\n', "in two ways"),
+    "two currencies": ("title,category,price\na,b,$1\nc,d,€2\n", "keep one currency"),
+    "shortened ids": ("id,title,category\n8.00E+12,a,b\n8.01E+12,c,d\n", "Excel has shortened the ids"),
+    "one name twice": ("title,category,Category\na,b,c\n", "two columns named 'category'"),
+    "no category": ("product_id,product_title,product_locale\n1,Mug,us\n", "ESCI files state none"),
+    "numbers for categories": ("product_id,product_name,category\n1,Mug,61\n", "category holds numbers"),
+    "ragged": ("title,category\na,b,c\n", "more cells than the header"),
+    "open quote": ('title,category\n"a,b\n', "look for an unclosed quote"),
+    "old code page": ("title,category\nBürste,b\n".encode("cp1252"), "--encoding cp1252"),
+    "workbook": (b"PK\x03\x04", "zip archive"),
+    "web page": ("<!DOCTYPE html><html>", "web page"),
+    "deep elements": ("<a>" * 10_000, "nests elements more than 100 deep"),
+    "entities": ('<!DOCTYPE a [<!ENTITY b "c">]><a><item><t>&b;</t></item></a>', "declares entities"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_in_one_sentence(shop, kind):
+    data, words = REFUSED[kind]
+    with pytest.raises(BookError) as caught: shop(data)
+    assert words in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_bad_rows_up_to_a_share(shop):
+    text = "title,category\n" + "mug,home > mugs\n" * 98 + "a,b,c\n,socks\n"
+    with pytest.raises(BookError, match="2 of 100 rows are bad: row 99, has more cells.*--skip-bad 2%"): shop(text, skip_bad=.01)
+    products, reading = shop(text, skip_bad=.02)
+    assert len(products) == 98 and sorted(reading.bad) == [99, 100]
+
+
+def test_text_without_tags_and_entities(shop):
+    line = '"<b>New!</b> Tom &amp;amp; Co shirt",Home &gt; Shirts,<ul><li>Cold wash</li><li>Dry flat</li></ul>,"Men, Women",L/S'
+    product = shop(f"title,category,attr:care,attr:ideal for,attr:sleeve\n{line}\n")[0][0]
+    assert product.title == "New! Tom & Co shirt" and product.category == ("home", "shirts")
+    assert product.attributes == {"care": ("cold wash", "dry flat"), "ideal-for": ("men", "women"), "sleeve": ("l/s",)}
+
+
+def test_cells_of_any_length(shop):
+    products, _ = shop(f'title,category,note\n{"x" * 200_000},a > b,"{"y" * 500_000}\n"\n')
+    assert len(products[0].title) == 300
+
+
+def test_other_alphabets(shop):
+    text = "商品名称,分类,品牌,价格,颜色\n红色靴子,鞋 > 靴子,步步,39,红色\nİPEK,鞋 > 靴子,IŞIK,9,Cafe\u0301\n"
+    products, reading = shop(text, "商品.csv")
+    assert reading.mapping.layout == "proposed" and products[0].attributes == {"颜色": ("红色",)}
+    assert products[1].title.lower() == "ipek" and products[1].attributes == {"颜色": ("café",)}
+
+
+def test_mapping_that_a_person_edits(shop, tmp_path):
+    data = "a,b,c\nMug,Home > Mugs,1.299\nCup,Home > Cups,5\n"
+    with pytest.raises(BookError): shop(data)
+    file = tmp_path / "map.toml"
+    file.write_text('title = "a"\ncategory = "b"\nprice = "c"\ndecimal = ","\n')
+    assert [product.price for product in shop(data, columns=file)[0]] == [1299, 5]
+    assert read_mapping(write_mapping(read_mapping(file), tmp_path / "again.toml")) == read_mapping(file)
+
+
+def test_own_form_is_read_as_it_was(shop):
+    rows = [{"title": f"thing {k}", "category": ["a", f"b{k % 3}"], "price": k + .5, "brand": "bo", "group": f"g{k // 2}",
+             "attributes": {"color": ["red", "blue"]}} for k in range(60)]
+    products, _ = shop("".join(json.dumps(row) + "\n" for row in rows), "a.jsonl")
+    assert shop(own_form(products), "b.jsonl")[0] == products and products[3].group == "g1"
+
+
+def test_formats_are_told_by_content(tmp_path):
+    text = "title;category;price\n" + "".join(f"thing {k};home > b{k % 3};{k},50\n" for k in range(60))
+    for name, data in {"a.csv": text.encode(), "b.txt": text.encode("utf-16"), "c": gzip.compress(text.encode())}.items():
+        (tmp_path / name).write_bytes(data)
+        assert len(load_catalog(tmp_path / name).products) == 60
+    assert recognise(read_table(tmp_path / "c")).layout == "our own form"
+
+
+def seeds():
+    "Small files of every kind."
+    rows = [{"title": "Mug, blue", "category": "Home > Mugs", "price": "1.299,00 €", "attributes": '{"a": "b"}'}] * 3
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader(), writer.writerows(rows)
+    text = table.getvalue().encode()
+    xml = b"<rss><item><title>Mug</title><price>3 EUR</price></item><item><title>Cup</title></item></rss>"
+    return [text, json.dumps(rows).encode(), b"\n".join(json.dumps(row).encode() for row in rows), xml, gzip.compress(text),
+            json.dumps({"n": 1, "products": rows}, indent=1).encode(), text.decode().encode("utf-16"),
+            b"PAR1\0\0PAR1", b"PK\x03\x04"]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(seeds()), st.sampled_from(ENDINGS), st.integers(0, 2**32), st.binary(max_size=30))
+def test_any_bytes_end_in_rows_or_a_sentence(tmp_path, data, ending, seed, piece):
+    chance = random.Random(seed)
+    for _ in range(chance.randrange(6)):
+        at, end = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+        before, between, after = data[:at], data[at:end], data[end:]
+        data = chance.choice([before + piece + between + after, before + after, before, before + between * 3 + after])
+    path = tmp_path / f"any{ending}"
+    path.write_bytes(data)
+    try: read_products(path, skip_bad=.9)
+    except BookError as error: assert len(str(error)) <= 320

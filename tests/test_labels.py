@@ -1,0 +1,135 @@
+"People's labels: what is read, settled, joined and split, and what the command says about files that it can't use."
+import json
+import random
+
+import pandas as pd
+import pytest
+from conftest import Desk, refused
+
+from she_nb.shop.catalog import Catalog
+from she_nb.shop.corpora import ESCI_FILES, read_items, read_judgments
+from she_nb.shop.judged import gather, label_data, open_labels
+from she_nb.shop.pairs import split_of
+from she_nb.shop.products import Product
+
+BOOK = {"scale": [0, 1], "query_doc_pairs": [
+    {"query_text": "lamp", "doc_id": "A", "document_fields": {"name": "Desk lamp"},
+     "judgements": [{"rating": 1, "user_email": "ann@shop"}, {"rating": 0}, {"judge_later": True, "user_email": "bo@shop"}]}]}
+RANK_EVAL = {"requests": [{"id": "lamps", "request": {"query": {"multi_match": {"query": "lamp", "fields": ["title"]}}},
+                           "ratings": [{"_index": "shop", "_id": "A", "rating": 1}]}]}
+FILES = {
+    "case.csv": ("query,docid,rating\n =lamp,A,3\nlamp,B,\nmug,,\n", "quepid_case",
+                 [("=lamp", "A", "3"), ("lamp", "B", ""), ("mug", "", "")]),
+    "other.csv": ("query,doc_id,rating\nlamp,007,3.0\n", "quepid_case", [("lamp", "007", "3")]),
+    "detailed.csv": ("Team Name,Case Name,Case ID,Query Text,Doc ID,Doc Position,Title,Rating\nT,C,1,lamp,A,1,Desk lamp,2\n",
+                     "quepid_detailed", [("lamp", "A", "2")]),
+    "book.csv": ("query,docid,Ann Lee,Anonymous\nlamp,A,3,1\n", "quepid_book", [("lamp", "A", "3"), ("lamp", "A", "1")]),
+    "book.json": (json.dumps(BOOK), "quepid_book", [("lamp", "A", "1"), ("lamp", "A", "0"), ("lamp", "A", "")]),
+    "body.json": (json.dumps({"type": "IMPORT_JUDGMENT", "name": "x", "judgmentRatings": [
+        {"query": "lamp", "ratings": [{"docId": "A", "rating": "3.000"}]}]}), "opensearch", [("lamp", "A", "3")]),
+    "eval.json": (json.dumps(RANK_EVAL), "rank_eval", [("lamp", "A", "1")]),
+    "eland.tsv": ('query_id\tquery\tdoc_id\tgrade\nqid:7\t19" lamp\tA\t4\n', "eland", [('19" lamp', "A", "4")]),
+    "web.qrels": ("7 0 A 3\n", "trec", [("", "A", "3")]),
+    "ltr.txt": ("3 qid:1 # 1370 star trek\n", "ltr", [("star trek", "1370", "3")]),
+    "chorus.csv": ("query,docid,name,description,agent_1_rating,agent_2_rating,final_rating\nlamp,A,Desk lamp,bright,2,3,3\n",
+                   "chorus", [("lamp", "A", "2"), ("lamp", "A", "3"), ("lamp", "A", "3")])}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_formats_are_told_by_content(tmp_path, name):
+    text, form, judgments = FILES[name]
+    (tmp_path / name).write_text(text)
+    labels = read_judgments(tmp_path / name)
+    assert labels.format == form
+    assert [tuple(judgment)[:3] for judgment in labels.judgments] == judgments
+
+
+def test_the_scale_of_a_book_is_its_own(tmp_path):
+    (tmp_path / "book.json").write_text(json.dumps(BOOK))
+    with pytest.raises(ValueError, match="nothing states their scale"): open_labels(tmp_path / "book.json")
+    opened = open_labels(tmp_path / "book.json", scale="binary")
+    assert (opened.labels[0].tier, opened.labels[0].raters) == (1, {"ann@shop": "1", "Anonymous": "0"})   # the lower of two
+
+
+def test_esci_keeps_one_locale_and_counts_the_rest(tmp_path):
+    rows = [("red lamp", 1, f"B{i}", "us" if i % 3 else "es", None if i % 50 == 0 else "ESCI"[i % 4]) for i in range(30_000)]
+    rows += [(None, 1, "B1", "us", "E"), ("red lamp", 1, None, "us", "E")]
+    columns = ["query", "query_id", "product_id", "product_locale", "esci_label"]
+    pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / ESCI_FILES[0])
+    products = [(f"B{i}", f"Lamp {i}", "<p>" * 99, loc) for i in range(0, 30_000, 2) for loc in ("us", "es")]
+    columns = ["product_id", "product_title", "product_description", "product_locale"]
+    pd.DataFrame(products, columns=columns).to_parquet(tmp_path / ESCI_FILES[1])
+    opened = open_labels(tmp_path)
+    assert opened.counts["of another locale than us"] == 10_000 and opened.counts["without query or product"] == 2
+    assert opened.scale.name == "esci" and opened.counts["unrated"] == 400
+    data = label_data(opened)
+    assert data.counts["items in the products"] + data.counts["items missing"] == len(opened.labels) == 19_600
+    assert data.missing[0].startswith("B")
+
+
+def test_wands_is_read_without_quotes(tmp_path):
+    (tmp_path / "query.csv").write_text('query_id\tquery\tquery_class\n0\t19" stool\tStools\n')
+    (tmp_path / "product.csv").write_text(
+        "product_id\tproduct_name\tproduct_class\tcategory hierarchy\tproduct_description\tproduct_features\n"
+        '7\t19" "bar" stool\tStools\tFurniture / Stools\ttall\twith\ttabs\tcolor:oak\n8\trug\t\t\t\t\n')
+    rows = "0\t0\t7\tExact\n1\t0\t7\tPartial\n2\t0\t8\tIrrelevant\n"
+    (tmp_path / "label.csv").write_text(f"id\tquery_id\tproduct_id\tlabel\n{rows}")
+    opened = open_labels(tmp_path / "label.csv")
+    assert opened.format == "wands" and opened.counts["contradicted by the same rater"] == 1
+    assert [(label.doc, label.tier) for label in opened.labels] == [("7", 2), ("8", 1)]   # Exact and Partial: the lower
+    items = read_items(tmp_path / "product.csv", ["7", "8"])
+    assert items["7"] == {"title": '19" "bar" stool', "category": "Furniture / Stools", "features": "color:oak"}
+
+
+def test_neither_query_nor_item_stands_on_both_sides(tmp_path):
+    rng = random.Random(0)
+    rows = [f"lamp {rng.randrange(90)},A{rng.randrange(300)},{rng.randrange(4)}" for _ in range(2000)]
+    (tmp_path / "case.csv").write_text("query,docid,rating\n" + "\n".join(rows))
+    products = [Product(f"A{i}", f"Lamp {i}", ("home", "lamps" if i % 2 else "lights")) for i in range(280)]
+    data = label_data(open_labels(tmp_path / "case.csv"), Catalog("shop", products))
+    for name in ("query", "item", "item_id"):
+        assert not {getattr(pair, name) for pair in data.train} & {getattr(pair, name) for pair in data.test}
+    assert data.train and all(split_of(pair.item) == "test" for pair in data.test)
+    assert all(pair.truth.item_category.startswith("home") and pair.truth.wishes is None for pair in data.train)
+    assert data.counts["train"] + data.counts["test"] + data.counts["dropped, for query and item part"] \
+        + data.counts["items missing"] == data.counts["pairs"]
+
+
+def test_what_is_kept_of_a_large_file_is_bounded():
+    from she_nb.shop.labels import Judgment
+    drawn = gather((Judgment(f"query {i // 20}", str(i), "1") for i in range(200_000)), limit=2000)
+    assert 1500 < len(drawn.votes) <= 2000
+    assert drawn.counts["judgments"] == 200_000
+
+
+REFUSED = {
+    "no scale": ("a.csv", "query,docid,title,rating\nlamp,A,Lamp,5\n", [], "nothing states their scale"),
+    "off the scale": ("a.csv", "query,docid,rating\nlamp,A,2.67\n", ["--scale", "0-3"], "'2.67' (1 times) is not on the scale"),
+    "bad scale": ("a.csv", "query,docid,rating\nlamp,A,2\n", ["--scale", "0-7"], "is neither one of tiers"),
+    "a ranker's score": ("a.csv", "query,docid,title,score\nlamp,A,Lamp,2\n", [], "--fields rating=score"),
+    "no columns": ("a.csv", "sku,stars\nA,2\n", [], "no column for query, rating; the columns are sku, stars"),
+    "ids of queries": ("a.qrels", "7 0 A 3\n", ["--scale", "0-3"], "give their texts by --queries"),
+    "gains without queries": ("a.json", '{"7": {"gain": 3}}', [], "put it into a query group"),
+    "no items": ("a.csv", "query,docid,rating\nlamp,A,3\n", ["-o", "pairs.jsonl"], "give the products by --products"),
+    "broken": ("a.csv", 'query,docid,rating\n"lamp,A,3\n', [], "look for an unclosed quote"),
+    "no file": ("b.csv", "", [], "is empty"),
+    "no products": ("a.csv", "query,docid,rating\nlamp,A,3\n", ["--products", "no.csv"], "check the path to the products")}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_labels_are_refused_in_one_sentence(tmp_path, case):
+    name, text, words, said = REFUSED[case]
+    (tmp_path / name).write_text(text)
+    done = Desk(tmp_path).run("labels", name, *words)
+    refused(done, said)
+    assert len(done.stderr) < 320 and not (tmp_path / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--scale", "0-3"], "--scale is about people's labels; add --labels"),
+    (["--labels", "no.csv"], "check the path to the labels"),
+    (["--labels", "few.csv", "--scale", "0-3"], "labelled pairs of"),
+])
+def test_a_book_refuses_labels_before_it_runs(desk, words, said):
+    (desk.folder / "few.csv").write_text("query,docid,title,rating\nlamp,A,Lamp,3\n")
+    refused(desk.run("book", "--preset", "micro", *words), said)
