@@ -965,6 +965,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'she_nb/serving/agreement.py'),
                                           'she_nb.serving.agreement.gullible': ( 'serving.agreement.html#gullible',
                                                                                  'she_nb/serving/agreement.py'),
+                                          'she_nb.serving.agreement.number_text': ( 'serving.agreement.html#number_text',
+                                                                                    'she_nb/serving/agreement.py'),
                                           'she_nb.serving.agreement.pair_key': ( 'serving.agreement.html#pair_key',
                                                                                  'she_nb/serving/agreement.py'),
                                           'she_nb.serving.agreement.parted': ( 'serving.agreement.html#parted',
