@@ -20,7 +20,8 @@ from pathlib import Path
 
 from .catalog import Catalog, item_text
 from .corpora import as_product, neighbour_items, read_items, read_judgments
-from .labels import Judgment, read_queries
+from .judgments import Judgment
+from .labels import read_queries
 from .pairs import category_name, load_part, split_of
 from .products import Product, clean_text
 from ..task import BookError, Pair, StepTruth, atomic_write
