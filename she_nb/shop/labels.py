@@ -350,7 +350,8 @@ def read_labels(
         document = whole_document(path, first)
         found = document_labels(path, document) if isinstance(document, dict) else None
         if found: return found
-        if not first: return table_labels(path, listed(path, document), columns)
+        alone = isinstance(document, dict) and tool_of_row(document)
+        if alone or not first: return table_labels(path, listed(path, document), columns)
     if LTR.fullmatch(line): return Labels(path, "ltr", "", ltr_judgments(path))
     if TREC.fullmatch(line): return Labels(path, "trec", "", trec_judgments(path))
     return table_labels(path, table_of(path), columns)
