@@ -270,7 +270,7 @@ def add_label_options(command) -> None:  # of argparse
 
 def labels_command(args) -> None:  # args: file, catalog, output, and LABEL_OPTIONS
     "`she-nb labels`: what a file of labels says, and its pairs (ours)."
-    from she_nb.evidence.agreement import labels_words, pairs_text
+    from she_nb.evidence.labelled import labels_words, pairs_text
     from she_nb.shop.catalog import load_catalog
     from she_nb.shop.judged import label_data, open_labels
     opened, locale = open_labels(args.file, args.queries, args.fields, args.scale, args.locale), args.locale

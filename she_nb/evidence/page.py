@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'NEXT', 'CSS', 'PAGE', 'CONTENTS', 'SO_FAR', 'samples_of', 'chains_block', 'byline', 'next_steps',
-           'run_facts', 'parameter_table', 'sections', 'contents', 'page_parts', 'render_report', 'draft_report']
+           'run_facts', 'parameter_table', 'whole_page', 'sections', 'contents', 'page_parts', 'render_report',
+           'draft_report']
 
 # %% ../../nbs/58_evidence.page.ipynb #8659f6ea
 import html
@@ -197,6 +198,13 @@ PAGE = """<!doctype html>
 {body}
 </main></body></html>
 """
+def whole_page(
+    title: str,      # plain text
+    body: str,       # HTML
+    head: str = "",  # HTML
+) -> str:
+    "One self-contained HTML page, whose policy forbids scripts and foreign addresses."
+    return PAGE.format(title=html.escape(title), head=head, css=CSS, body=re.sub(r'<a class="anchor-link".*?</a>', "", body))
 
 # %% ../../nbs/58_evidence.page.ipynb #8b38ca3c
 CONTENTS = "*Contents*"  # a report's place for the links to the sections behind it
@@ -254,9 +262,7 @@ def render_report(
     body, markdown = (page_parts(notebook, mime_type) for mime_type in ("text/html", "text/markdown"))
     if not markdown: raise BookError(f"{notebook} holds neither prose nor outputs; run the report stage again")
     title = next((line[2:] for part in markdown for line in part.splitlines() if line.startswith("# ")), "Report")
-    page = re.sub(r'<a class="anchor-link".*?</a>', "", "\n".join(body))
-    page = PAGE.format(title=html.escape(title), head="", css=CSS, body=page)
-    return (atomic_write(Path(reports) / "report.html", page),
+    return (atomic_write(Path(reports) / "report.html", whole_page(title, "\n".join(body))),
             atomic_write(Path(reports) / "report.md", "\n\n".join(markdown) + "\n"))
 
 # %% ../../nbs/58_evidence.page.ipynb #3d88db26
@@ -279,8 +285,7 @@ def draft_report(
     table = metrics_table(results, {f"balanced/{name}": title for name, title in TABLE_METRICS.items()})
     body = join_blocks([text_block(note), figure_block(arms_figure(results), reports / "figures/arms", caption),
                         table_block(table, "Balanced test, in percent.")]).html
-    body = re.sub(r'<a class="anchor-link".*?</a>', "", body)
-    page = PAGE.format(title="Unfinished", head='<meta http-equiv="refresh" content="20">', css=CSS, body=body)
+    page = whole_page("Unfinished", body, '<meta http-equiv="refresh" content="20">')
     if any(reports.glob("runs/report-*/run.json")): return None   # the report's own page comes next, or is there
     (reports / "report.md").unlink(missing_ok=True)
     return atomic_write(reports / "report.html", page)
