@@ -1391,6 +1391,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'she_nb.shop.judgments.written': ('shop.judgments.html#written', 'she_nb/shop/judgments.py')},
             'she_nb.shop.labels': { 'she_nb.shop.labels.Columns': ('shop.labels.html#columns', 'she_nb/shop/labels.py'),
                                     'she_nb.shop.labels.Labels': ('shop.labels.html#labels', 'she_nb/shop/labels.py'),
+                                    'she_nb.shop.labels.as_text': ('shop.labels.html#as_text', 'she_nb/shop/labels.py'),
                                     'she_nb.shop.labels.cell_text': ('shop.labels.html#cell_text', 'she_nb/shop/labels.py'),
                                     'she_nb.shop.labels.checked': ('shop.labels.html#checked', 'she_nb/shop/labels.py'),
                                     'she_nb.shop.labels.document_labels': ('shop.labels.html#document_labels', 'she_nb/shop/labels.py'),

@@ -12,7 +12,7 @@ __all__ = ['LOCALE', 'ESCI_FILES', 'ESCI_COLUMNS', 'SIDES', 'WANDS_FILES', 'LONG
 # %% ../../nbs/17_shop.corpora.ipynb #c002
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -227,13 +227,14 @@ def plain_items(path: Path, mapping: Mapping, ids: dict[int, str]) -> Iterator[t
 
 def mapped_items(path: Path, mapping: Mapping, ids: dict[int, str]) -> Iterator[tuple[int, dict]]:
     "The same of an export whose columns are known; last its rows that are no products, such as a parent of variants."
-    feed = Feed(path, mapping)
+    try: feed = Feed(path, mapping)
+    except BookError: feed = Feed(path, replace(mapping, price="", currency=""))   # what can't be read of prices states nothing
     products = ROWS[mapping.rows](feed, counted(feed))
     rest = ((number, finished(feed, fields_of(feed, row))) for number, row in feed.table
             if number in ids and not isinstance(row, BookError))
     for number, fields in chain(products, rest):
         if number in ids and not isinstance(fields, BookError): yield number, {name: fields[name] for name in ITEM_FIELDS
-                                                                              if fields.get(name) not in (None, "", [])}
+                                                                              if fields.get(name) not in (None, "", [], {})}
 
 # %% ../../nbs/17_shop.corpora.ipynb #c018c
 def find_items(
