@@ -1,13 +1,14 @@
 "People's labels: what is read, settled, joined and split, and what the command says about files that it can't use."
 import json
 import random
+import zipfile
 
 import pandas as pd
 import pytest
 from conftest import Desk, refused
 
 from she_nb.shop.catalog import Catalog
-from she_nb.shop.corpora import ESCI_FILES, read_items, read_judgments
+from she_nb.shop.corpora import ESCI_FILES, as_product, find_items, read_items, read_judgments
 from she_nb.shop.judged import gather, label_data, open_labels
 from she_nb.shop.pairs import split_of, split_shelves
 from she_nb.shop.products import Product
@@ -31,6 +32,30 @@ FILES = {
     "eland.tsv": ('query_id\tquery\tdoc_id\tgrade\nqid:7\t19" lamp\tA\t4\n', "eland", [('19" lamp', "A", "4")]),
     "web.qrels": ("7 0 A 3\n", "trec", [("", "A", "3")]),
     "ltr.txt": ("3 qid:1 # 1370 star trek\n", "ltr", [("star trek", "1370", "3")]),
+    "snapshot.csv": ("Snapshot Name,Snapshot Time,Case ID,Query Text,Doc ID,Doc Position,name\nS,now,1,lamp,A,1,Desk lamp\n",
+                     "quepid_snapshot", [("lamp", "A", "")]),
+    "needs.csv": ("query,information_need\nlamp,to read at night\n", "quepid_needs", [("lamp", "", "")]),
+    "pairs.csv": ("query,sku,title\nlamp,A,Desk lamp\n", "pairs", [("lamp", "A", "")]),
+    "later.csv": ("query,sku,rating,judge_later\nlamp,A,2,true\nlamp,B,2,\n", "table", [("lamp", "A", ""), ("lamp", "B", "2")]),
+    "list.json": (json.dumps({"hits": {"hits": [{"_source": {"judgmentRatings": [
+        {"query": "lamp", "ratings": [{"docId": "A", "rating": "1.000"}], "failures": [{"docId": "B"}]}]}}]}}), "opensearch",
+        [("lamp", "A", "1"), ("lamp", "B", "")]),
+    "answer.json": (json.dumps({"metric_score": .4, "details": {"lamps": {
+        "unrated_docs": [{"_index": "shop", "_id": "B"}], "hits": [{"hit": {"_id": "A"}, "rating": 2}, {"hit": {"_id": "B"}}]}}},
+        indent=1), "rank_eval_answer", [("", "B", ""), ("", "A", "2")]),
+    "veritail.jsonl": (json.dumps({"query": "lamp", "product": {"product_id": "A", "title": "Desk lamp"}, "score": 3,
+                                   "model": "m", "reasoning": "fits"}), "veritail", [("lamp", "A", "3")]),
+    "umbrela.jsonl": ("".join(json.dumps({"query": "lamp", "passage": "a lamp", "judgment": 0, "result_status": status}) + "\n"
+                              for status in (1, 0)), "umbrela", [("lamp", "", "0"), ("lamp", "", "")]),
+    "asked.jsonl": (json.dumps({"query": {"text": "lamp", "qid": "7"}, "candidates": [{"docid": "A", "doc": {"title": "Lamp"}},
+                                                                                      {"docid": "B", "score": 2.5}]}),
+                    "candidates", [("lamp", "A", ""), ("lamp", "B", "")]),
+    "studio.json": (json.dumps([{"id": 5, "data": {"query": "lamp", "sku": "A"}, "annotations": [
+        {"completed_by": 1, "result": [{"from_name": "fit", "value": {"choices": ["Exact"]}}]},
+        {"completed_by": 2, "was_cancelled": True, "result": []}]}], indent=2), "label_studio",
+        [("lamp", "A", "Exact"), ("lamp", "A", "")]),
+    "studio.csv": ("id,query,title,label,annotator,annotation_id,lead_time\n5,lamp,Desk lamp,Exact,1,9,2.5\n", "table",
+                   [("lamp", "", "Exact")]),
     "chorus.csv": ("query,docid,name,description,agent_1_rating,agent_2_rating,final_rating\nlamp,A,Desk lamp,bright,2,3,3\n",
                    "chorus", [("lamp", "A", "2"), ("lamp", "A", "3"), ("lamp", "A", "3")])}
 
@@ -42,6 +67,56 @@ def test_formats_are_told_by_content(tmp_path, name):
     labels = read_judgments(tmp_path / name)
     assert labels.format == form
     assert [tuple(judgment)[:3] for judgment in labels.judgments] == judgments
+
+
+def test_what_nobody_rated_stays_and_a_failure_is_no_rating(tmp_path):
+    for name, (text, _, judgments) in FILES.items():
+        (tmp_path / name).write_text(text)
+        if any(rating for _, _, rating in judgments): continue
+        with pytest.raises(ValueError, match=r"nobody rated any of|none of \d+ rows holds"): open_labels(tmp_path / name)
+    opened = open_labels(tmp_path / "umbrela.jsonl")
+    assert opened.counts["unrated"] == opened.counts["unrated, as raters could not or would not yet"] == 1
+    assert open_labels(tmp_path / "studio.json", scale="Exact=4,no=1").labels[0].raters == {"1": "Exact"}
+
+
+def test_a_zip_holds_one_book(tmp_path):
+    with zipfile.ZipFile(tmp_path / "book.zip", "w") as archive: archive.writestr("book_7.json", json.dumps(BOOK))
+    labels = read_judgments(tmp_path / "book.zip")
+    assert (labels.format, len(list(labels.judgments))) == ("quepid_book", 3)
+    with zipfile.ZipFile(tmp_path / "book.zip", "a") as archive: archive.writestr("other.json", "{}")
+    with pytest.raises(ValueError, match="is no zip of one JSON file; unpack it"): read_judgments(tmp_path / "book.zip")
+
+
+def test_the_answer_of_rank_eval_finds_its_queries_in_the_request(tmp_path):
+    for name in ("answer.json", "eval.json"): (tmp_path / name).write_text(FILES[name][0])
+    opened = open_labels(tmp_path / "answer.json", tmp_path / "eval.json", scale="0-3")
+    assert [(label.query, label.doc, label.rating) for label in opened.labels] == [("lamp", "A", "2")]
+
+
+SHOPS = {
+    "shopify": ("Handle,Title,Vendor,Product Category,Option1 Name,Option1 Value,Variant SKU,Variant Price\n"
+                "run,Runfast trainers,Acme,Shoes > Trainers,Size,41,R-41,50\nrun,,,,,42,R-42,52\n"
+                "mug,Mug,Acme,Home > Mugs,,,M-1,9\n",
+                {"Variant SKU": ["R-42", "M-1"], "Handle": ["run", "mug"]}),
+    "google": ("id\ttitle\tlink\tprice\tproduct_type\tgtin\titem_group_id\n0012\tRunfast trainers\thttps://shop/1\t28.00 USD\t"
+               "Shoes > Trainers\t4006381333931\tg1\n0013\tMug\thttps://shop/2\t9.00 USD\tHome > Mugs\t4006381333948\tg2\n",
+               {"id": ["0012", "0013"], "gtin": ["4006381333931"], "item_group_id": ["g2"]}),
+    "ours": ("id,title,category,price,attr:color\n1,Runfast trainers,Shoes > Trainers,50,red\n2,Mug,Home > Mugs,9,\n",
+             {"id": ["1", "2"]})}
+
+
+@pytest.mark.parametrize("name", SHOPS)
+def test_labels_find_their_items_in_the_export_of_any_shop(tmp_path, name):
+    text, ids = SHOPS[name]
+    (tmp_path / "shop.tsv").write_text(text)
+    for column, wanted in ids.items():
+        found = find_items(tmp_path / "shop.tsv", [*wanted, "no-such"])
+        assert (found.column, list(found.items)) == (column, wanted)
+        product = as_product(wanted[-1], found.items[wanted[-1]])
+        assert product.title and len(product.category) == 2 and product.price
+        (tmp_path / "case.csv").write_text("query,docid,rating\n" + "".join(f"mug,{doc},3\nlamp,{doc},0\n" for doc in wanted))
+        data = label_data(open_labels(tmp_path / "case.csv"), None, tmp_path / "shop.tsv")
+        assert data.counts[f"items in the products, by {column}"] == 2 * len(wanted)
 
 
 def test_the_scale_of_a_book_is_its_own(tmp_path):
@@ -65,6 +140,20 @@ def test_esci_keeps_one_locale_and_counts_the_rest(tmp_path):
     data = label_data(opened)
     assert data.counts["items in the products"] + data.counts["items missing"] == len(opened.labels) == 19_600
     assert data.missing[0].startswith("B")
+
+
+def test_esci_keeps_its_own_split_and_counts_what_it_shares(tmp_path):
+    rng = random.Random(0)
+    rows = [(f"lamp {query}", query, f"B{rng.randrange(4000)}", "us", "ESCI"[i % 4], "test" if query % 3 == 0 else "train")
+            for i in range(6000) for query in [rng.randrange(300)]]
+    columns = ["query", "query_id", "product_id", "product_locale", "esci_label", "split"]
+    pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / ESCI_FILES[0])
+    products = pd.DataFrame([(f"B{i}", f"Lamp {i}", "us") for i in range(4000)])
+    products.set_axis(["product_id", "product_title", "product_locale"], axis=1).to_parquet(tmp_path / ESCI_FILES[1])
+    data = label_data(open_labels(tmp_path))
+    assert all(int(pair.query.split()[1]) % 3 == 0 for pair in data.test) and data.train
+    assert not {pair.item for pair in data.train} & {pair.item for pair in data.test}
+    assert data.counts["queries on both sides of it"] == 0 < data.counts["items on both sides of it"]
 
 
 def test_wands_is_read_without_quotes(tmp_path):
@@ -108,7 +197,7 @@ def test_variants_stay_on_the_side_of_their_product(tmp_path):
 
 
 def test_what_is_kept_of_a_large_file_is_bounded():
-    from she_nb.shop.labels import Judgment
+    from she_nb.shop.judgments import Judgment
     drawn = gather((Judgment(f"query {i // 20}", str(i), "1") for i in range(200_000)), limit=2000)
     assert 1500 < len(drawn.votes) <= 2000
     assert drawn.counts["judgments"] == 200_000
@@ -125,6 +214,11 @@ REFUSED = {
     "no items": ("a.csv", "query,docid,rating\nlamp,A,3\n", ["-o", "pairs.jsonl"], "give the products by --products"),
     "broken": ("a.csv", 'query,docid,rating\n"lamp,A,3\n', [], "look for an unclosed quote"),
     "no file": ("b.csv", "", [], "is empty"),
+    "another shop's": ("a.csv", "query,docid,rating\nlamp,A,3\n", ["--products", "a.csv"], "of ids and one of titles"),
+    "nobody rated": ("a.csv", "query,docid,title\nlamp,A,Lamp\n", [], "nobody rated any of 1 pairs; she-nb judge rates them"),
+    "a rating?": ("a.csv", "query,docid,title,stars\nlamp,A,Lamp,3\n", [], "--fields rating=NAME, or rating= if nobody rated"),
+    "two questions": ("a.json", json.dumps([{"data": {"query": "a"}, "annotations": [{"result": [
+        {"from_name": name, "value": {"rating": 3}} for name in ("fit", "tone")]}]}]), [], "as in --fields rating=fit"),
     "no products": ("a.csv", "query,docid,rating\nlamp,A,3\n", ["--products", "no.csv"], "check the path to the products")}
 
 

@@ -258,7 +258,8 @@ def settings_command(args) -> None:  # args: preset
     print(settings_table(root() / "settings.ini", args.preset, width))
 
 # %% ../../nbs/80_book.cli.ipynb #lab0002
-LABEL_OPTIONS = {"products": "items of the labels, by id: CSV, TSV, JSONL or Parquet", "queries": "texts of their queries, by id",
+LABEL_OPTIONS = {"products": "items of the labels: the export of any shop, by any of its ids",
+                 "queries": "texts of their queries, by id",
                  "fields": "columns of a table of labels: query=q,doc_id=sku,rating=stars",
                  "scale": "what their ratings mean: tiers, 0-3, 0-4, 1-5, binary, esci, wands, or 2=4,1=2,0=1",
                  "locale": "of ESCI: us, es or jp"}
@@ -285,7 +286,7 @@ def add_labels(commands) -> None:  # of argparse
     "The command about labels."
     text = "show people's labels as they are understood, and write their pairs"
     command = commands.add_parser("labels", help=text, description=text)
-    command.add_argument("file", help="Quepid, OpenSearch, Elasticsearch, TREC, RRE, ESCI, WANDS, or any table")
+    command.add_argument("file", help="of Quepid, OpenSearch, Elasticsearch, Label Studio, TREC, ESCI, WANDS, ...: or any table")
     command.add_argument("--catalog", default="", help="your catalogue, whose items the labels name")
     command.add_argument("-o", "--output", default="", help="write the pairs to this file, as JSONL")
     add_label_options(command)
