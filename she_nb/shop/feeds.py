@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cached_levels', 'SHORTENED', 'NOTHING', 'RULED', 'ROWS', 'Reading', 'named_counts', 'warnings_of', 'name_of',
            'own_name', 'Feed', 'survey', 'counted', 'stated', 'price_of', 'category_of', 'attributes_of', 'fields_of',
-           'title_of', 'finished', 'plain_rows', 'usable', 'inherited', 'variant_rows', 'see_woo', 'woo_rows',
-           'see_magento', 'magento_rows', 'product_rows']
+           'title_of', 'finished', 'plain_rows', 'usable', 'inherited', 'variant_rows', 'see_family', 'surcharged',
+           'family_rows', 'see_woo', 'woo_rows', 'see_magento', 'magento_rows', 'product_rows']
 
 # %% ../../nbs/11_shop.feeds.ipynb #c002
 import re
@@ -118,15 +118,15 @@ class Feed:
         return rows if self.mapping.layout == "our own form" else usable(self, rows)
 
 # %% ../../nbs/11_shop.feeds.ipynb #c013
-RULED = {"parents": ("type", "sku", "parent", "id"), "views": ("storeviewcode",
-                                                               "configurablevariations")}  # read by rules about rows
+RULED = {"parents": ("type", "sku", "parent", "id"), "views": ("storeviewcode", "configurablevariations"),
+         "families": ("fieldtype", "surcharge")}  # read by rules about rows
 
 def survey(feed: Feed) -> None:
     "See all rows once: the forms of categories and prices, ids that Excel shortened, parents, names of fields."
     mapping, names = feed.mapping, dict.fromkeys(feed.table.columns)
     price, currency, number = mapping.price, mapping.currency, mapping.id
     category = mapping.category[0] if len(mapping.category) == 1 and not mapping.paths else ""
-    see_parent = {"parents": see_woo, "views": see_magento}.get(mapping.rows, lambda feed, row: None)
+    see_parent = {"parents": see_woo, "views": see_magento, "families": see_family}.get(mapping.rows, lambda feed, row: None)
     ids, shortened, example = 0, 0, ""
     for _, row in feed.table:
         if isinstance(row, BookError): continue
@@ -252,7 +252,7 @@ def usable(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
 # %% ../../nbs/11_shop.feeds.ipynb #c023
 def inherited(fields: dict, first: dict) -> dict:
     "Fields of a variant, with what only its product states."
-    more = {name: first[name] for name in ("title", "category", "brand", "group") if not fields[name] and first[name]}
+    more = {name: first[name] for name in ("title", "category", "brand", "price", "group") if not fields[name] and first[name]}
     return fields | more | {"attributes": first["attributes"] | fields["attributes"]}
 
 def variant_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
@@ -274,6 +274,32 @@ def variant_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
         if not fields["id"] or fields["id"] in seen or mapping.id == mapping.group: fields["id"] = f"{fields['group']}-{count}"
         seen.add(fields["id"])
         yield number, finished(feed, fields)
+
+# %% ../../nbs/11_shop.feeds.ipynb #fam2
+def see_family(feed: Feed, row: dict) -> None:
+    "Remember which products have variants."
+    if str(row.get(feed.columns.get("fieldtype"))).lower() == "variant": feed.children[name_of(row.get(feed.mapping.group))] = True
+
+def surcharged(feed: Feed, row: dict, price: float | None) -> float | None:
+    "What a variant costs: its product's price and what it adds to it."
+    parts = money(str(row.get(feed.columns.get("surcharge")) or ""))
+    return (price or 0) + (parts and amount(parts[1], feed.decimal) or 0) or None
+
+def family_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
+    "A product for each variant, and those without any."
+    mapping, first, heads, count = feed.mapping, {"group": None}, {}, 0
+    for number, row in rows:
+        if isinstance(row, BookError): yield number, row; continue
+        group = name_of(row.get(mapping.group))
+        if str(row.get(feed.columns.get("fieldtype"))).lower() != "variant":
+            first, heads, count = fields_of(feed, row), {name: row.get(name) for name in mapping.options}, 0
+            if group in feed.children: feed.reading.skipped["parents of variations"] += 1
+            else: yield number, finished(feed, first)
+        elif first["group"] != group: feed.reading.skipped["variations without a parent"] += 1
+        else:
+            fields, count = inherited(fields_of(feed, row | heads), first | {"attributes": {}}), count + 1
+            more = {"price": surcharged(feed, row, first["price"]), "id": fields["id"] or f"{group}-{count}"}
+            yield number, finished(feed, fields | more)
 
 # %% ../../nbs/11_shop.feeds.ipynb #c025
 def see_woo(feed: Feed, row: dict) -> None:
@@ -323,4 +349,4 @@ def product_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
             feed.reading.skipped["rows of variants and rules"] += 1
         else: yield number, row if isinstance(row, BookError) else finished(feed, fields_of(feed, row))
 
-ROWS = {"": plain_rows, "variants": variant_rows, "parents": woo_rows, "views": magento_rows, "products": product_rows}
+ROWS = {"": plain_rows, "variants": variant_rows, "families": family_rows, "parents": woo_rows, "views": magento_rows, "products": product_rows}

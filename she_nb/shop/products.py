@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BREAKS', 'ELEMENTS', 'HTML_TAG', 'SILENT', 'CHAIN_MARKS', 'LONGEST_WORD', 'PRICE', 'READERS', 'Product', 'clean_text',
            'lower_case', 'clean_word', 'read_title', 'read_category', 'read_price', 'as_object', 'read_values',
-           'read_attributes', 'read_name', 'read_row', 'check_rows', 'raise_row_errors', 'read_products', 'write_bad']
+           'read_attributes', 'read_name', 'read_row', 'check_rows', 'raise_row_errors', 'unfilled', 'read_products',
+           'write_bad']
 
 # %% ../../nbs/11_shop.products.ipynb #prd0002
 import csv
@@ -217,6 +218,15 @@ def raise_row_errors(
     more = [f"and {len(wrong) - len(shown)} more"] if len(wrong) > len(shown) else []
     raise BookError(start + " | ".join(shown + more) + end)
 
+# %% ../../nbs/11_shop.products.ipynb #c046u
+def unfilled(reading: Reading) -> str:
+    "What to do where a file's rows state no title or no category."
+    for role in ("title", "category"):
+        if reading.skipped[f"rows without a {role}"]:
+            columns = ", ".join(repr(column[:40]) for column in getattr(reading.mapping, role)[:3])
+            return f"; fill {columns}, or say in a mapping for --columns which column states the {role}"
+    return ""
+
 # %% ../../nbs/11_shop.products.ipynb #c047
 def read_products(
     path: str | Path,                                   # a file of any shop, or a folder of part files
@@ -230,7 +240,7 @@ def read_products(
     products, bad = check_rows(feed, allowed)
     reading = feed.reading
     if not reading.rows: raise BookError(f"{path}: is empty; a catalogue has one product a row.")
-    if not products and not bad: raise BookError(f"{path}: holds no product, but {named_counts(reading.skipped)}.")
+    if not products and not bad: raise BookError(f"{path}: holds no product, but {named_counts(reading.skipped)}{unfilled(reading)}.")
     if len(bad) > skip_bad * reading.rows: raise_row_errors(str(path), reading.rows, bad)
     reading.bad, reading.products = bad, len(products)
     return products, reading
