@@ -1203,6 +1203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'she_nb.shop.cells.is_list': ('shop.cells.html#is_list', 'she_nb/shop/cells.py'),
                                    'she_nb.shop.cells.levels_of': ('shop.cells.html#levels_of', 'she_nb/shop/cells.py'),
                                    'she_nb.shop.cells.money': ('shop.cells.html#money', 'she_nb/shop/cells.py'),
+                                   'she_nb.shop.cells.named_parts': ('shop.cells.html#named_parts', 'she_nb/shop/cells.py'),
                                    'she_nb.shop.cells.pairs_of': ('shop.cells.html#pairs_of', 'she_nb/shop/cells.py'),
                                    'she_nb.shop.cells.pairs_of_text': ('shop.cells.html#pairs_of_text', 'she_nb/shop/cells.py'),
                                    'she_nb.shop.cells.parsed_text': ('shop.cells.html#parsed_text', 'she_nb/shop/cells.py'),
