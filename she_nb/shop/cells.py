@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HTML', 'TAG', 'BLOCKS', 'WORDS', 'PART', 'LAST', 'ARROW', 'FORMS', 'POSITION', 'SECTION', 'NAMES', 'STATED',
-           'LONGEST_VALUE', 'NO_ATTRIBUTE', 'SWATCH', 'CURRENCIES', 'DECIMAL_OF', 'SAME', 'MONEY', 'DOLLARS',
-           'unescaped', 'plain_text', 'split_list', 'parsed_text', 'split_path', 'deepest', 'levels_of', 'PathForm',
-           'named_parts', 'pairs_of_text', 'pairs_of', 'is_list', 'value_text', 'values_of', 'trait', 'read_details',
-           'money', 'decimal_shown', 'amount', 'PriceForm']
+           'LONGEST_VALUE', 'NO_ATTRIBUTE', 'SWATCH', 'known_values', 'CURRENCIES', 'DECIMAL_OF', 'SAME', 'MONEY',
+           'DOLLARS', 'unescaped', 'plain_text', 'split_list', 'parsed_text', 'split_path', 'deepest', 'levels_of',
+           'PathForm', 'named_parts', 'pairs_of_text', 'pairs_of', 'is_list', 'value_text', 'values_of', 'trait',
+           'read_details', 'as_list', 'money', 'decimal_shown', 'amount', 'PriceForm']
 
 # %% ../../nbs/11_shop.cells.ipynb #c002
 import ast
@@ -35,7 +35,7 @@ def unescaped(text: str) -> str:
 
 def plain_text(text: str) -> str:
     "Text without entities, HTML tags and accents that stand apart; the Turkish İ becomes an I with one lower case."
-    text = unescaped(text)
+    if "&" in text: text = unescaped(text)
     if "<" in text: text = TAG.sub(" ", text).strip()
     return text if text.isascii() else unicodedata.normalize("NFC", text).replace("İ", "I")
 
@@ -203,12 +203,13 @@ def value_text(value) -> str:
 
 SWATCH = re.compile(r"(?:#[0-9a-f]{3,8}|rgba?\([^)]*\)):(?=.)", re.IGNORECASE)  # before a color's name
 
-@lru_cache(maxsize=2**16)
 def values_of(text: str) -> tuple[tuple[str, ...], bool]:  # short enough ones, and whether there were others
     "The plain values of one cell."
     parts = tuple(plain_text(SWATCH.sub("", part)) for part in split_list(text.strip()))
     kept = tuple(part for part in parts if len(part) <= LONGEST_VALUE)
     return kept, len(kept) < len(parts)
+
+known_values = lru_cache(maxsize=2**16)(values_of)  # of short texts, which recur
 
 @lru_cache(maxsize=2**12)
 def trait(name: str) -> str:
@@ -222,16 +223,20 @@ def read_details(
 ) -> dict[str, list[str]]:                # name -> values
     "Attributes as lists of short texts."
     read = {}
+    def add(name, word, text):
+        kept, longer = known_values(text) if len(text) < 3 * LONGEST_VALUE else values_of(text)
+        if longer: dropped[name] += 1
+        if kept: read.setdefault(word, []).extend(kept)
     for name, value in pairs:
-        items, word = value if isinstance(value, (list, tuple)) else (value,), trait(str(name))
-        if not word or any(not isinstance(item, (str, int, float, type(None))) for item in items):
-            dropped[str(name)] += 1
-            continue
-        for item in items:
-            kept, longer = values_of(value_text(item)) if item is not None else ((), False)
-            if longer: dropped[str(name)] += 1
-            if kept: read.setdefault(word, []).extend(kept)
+        word = trait(name := str(name))
+        if word and isinstance(value, str): add(name, word, value)
+        elif not word or any(not isinstance(item, (str, int, float, type(None))) for item in as_list(value)): dropped[name] += 1
+        else:
+            for item in as_list(value):
+                if item is not None: add(name, word, value_text(item))
     return read
+
+def as_list(value) -> list | tuple: return value if isinstance(value, (list, tuple)) else (value,)
 
 # %% ../../nbs/11_shop.cells.ipynb #c029
 CURRENCIES = {".": "$ £ ₹ ¥ ₩ ฿ US$ A$ C$ CA$ AU$ NZ$ S$ HK$ RS INR USD GBP CAD AUD NZD SGD HKD JPY CNY RMB KRW THB ILS ₪ MXN "
@@ -285,9 +290,11 @@ DOLLARS = {"USD", "CAD", "AUD", "NZD", "SGD", "HKD", "MXN", "TWD"}
 
 class PriceForm:
     "How a column writes its prices, told from all of its cells."
-    def __init__(self): self.currencies, self.marks, self.open, self.example = Counter(), {}, "", ""
+    def __init__(self): self.currencies, self.marks, self.open, self.seen = Counter(), {}, "", set()
 
     def see(self, text: str) -> None:
+        if text in self.seen: return
+        if len(self.seen) < 20_000 and len(text) < 60: self.seen.add(text)
         if not (parts := money(text)): return
         if parts[0]: self.currencies[parts[0]] += 1
         if len(self.marks) > 1: return

@@ -12,6 +12,7 @@ import csv
 import math
 import re
 import zipfile
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date, datetime, time, timedelta
@@ -81,7 +82,10 @@ def quoting_of(
 ) -> tuple[dict, bool]:   # what `csv.reader` takes, and whether some rows are broken
     "How a table is quoted: strictly, with backslashes, not at all, or strictly but for some rows."
     strict = {"delimiter": separator, "strict": True}
-    if clean_rows(path, encoding, strict) >= 0: return strict, False
+    try:
+        deque(cells(path, encoding, strict), maxlen=0)
+        return strict, False
+    except csv.Error: pass
     forms = [strict | {"quoting": csv.QUOTE_NONE}] if separator in "\t|" else []
     if any('\\"' in line for line in lines(path, encoding)): forms.insert(0, strict | {"escapechar": "\\", "doublequote": False})
     for form in forms:
@@ -122,7 +126,7 @@ def separated(
         for number, row in enumerate(islice(cells(path, encoding, form, faulty), 1, None), 1):
             if isinstance(row, BookError): yield number, row
             elif len(row) > width and any(map(str.strip, row[width:])): yield number, BookError(WIDE)
-            elif any(map(str.strip, row)): yield number, dict(zip(columns, row, strict=False))
+            elif row[0].strip() or any(map(str.strip, row)): yield number, dict(zip(columns, row, strict=False))
     return Table(str(path), f"a table separated by {SEPARATORS.get(separator, separator)}", columns, rows)
 
 # %% ../../nbs/10_shop.tables.ipynb #c012
