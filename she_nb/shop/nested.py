@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Row', 'LONGEST', 'MARKS', 'BLANKS', 'OBJECTS', 'LISTED', 'DEEPEST', 'Table', 'column_names', 'open_bytes',
-           'encoding_of', 'broken_line', 'lines', 'named', 'json_line', 'JsonStream', 'opens_list', 'find_list',
-           'json_values', 'json_form', 'columns_of', 'json_table', 'stripped', 'Census', 'content', 'Elements', 'add',
-           'parsed', 'xml_table']
+           'encoding_of', 'broken_line', 'blocks_of_lines', 'lines', 'named', 'json_line', 'JsonStream', 'opens_list',
+           'find_list', 'json_values', 'json_form', 'columns_of', 'json_table', 'stripped', 'Census', 'content',
+           'Elements', 'add', 'parsed', 'xml_table']
 
 # %% ../../nbs/10_shop.nested.ipynb #c002
 import ast
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 from xml.etree.ElementTree import ParseError
@@ -96,16 +96,25 @@ def broken_line(
     return line
 
 # %% ../../nbs/10_shop.nested.ipynb #c015
-def lines(
+def blocks_of_lines(
     path: Path,
     encoding: str,
-    newline: str = "",      # "" ends lines at \r, too; "\n" does not
-) -> Iterator[str]:
-    "The lines of a text file, with their ends."
+    newline: str,             # "" ends lines at \r, too; "\n" does not
+) -> Iterator[list[str]]:
+    "Some lines of a text file at a time, with their ends."
     with io.TextIOWrapper(open_bytes(path), encoding, newline=newline) as text:
-        while line := text.readline(LONGEST):
-            if len(line) == LONGEST: raise BookError(f"has a line of {LONGEST:,} characters; write one row a line.")
-            yield line
+        rest = ""
+        while piece := text.read(2**16):
+            if piece.endswith("\r"): piece += text.read(1)
+            block = io.StringIO(rest + piece, newline=newline).readlines()
+            rest = "" if block[-1].endswith(("\n", "\r") if newline == "" else "\n") else block.pop()
+            if len(rest) >= LONGEST: raise BookError(f"has a line of {LONGEST:,} characters; write one row a line.")
+            yield block
+        if rest: yield [rest]
+
+def lines(path: Path, encoding: str, newline: str = "") -> Iterator[str]:
+    "The lines of a text file, see `blocks_of_lines`."
+    return chain.from_iterable(blocks_of_lines(path, encoding, newline))
 
 # %% ../../nbs/10_shop.nested.ipynb #c016
 @contextmanager
