@@ -180,7 +180,7 @@ class Form:
     write: Callable[[list[Rated], Options], str]
     drops: str                  # what it has no place for
     holes: str                  # what becomes of rows without a rating
-    numbers: str = "number"     # of ratings: number, whole or any
+    numbers: str = "numbers"    # what ratings must be: numbers, whole numbers or any
     blanks: bool = True         # may ids hold blanks?
     ids: bool = True            # does it need ids of items?
     beside: tuple[tuple[str, Callable], ...] = ()  # further files: ending and writer
@@ -192,10 +192,10 @@ FORMS = {
     "quepid-book": Form("a Quepid book", quepid_book, "probabilities, confidence, status, ids of queries",
                         "stay without a judgement"),
     "opensearch": Form("an OpenSearch import", opensearch_body, f"{STEPS_ALL}, ids of queries", OUT),
-    "rank-eval": Form("an Elasticsearch _rank_eval request", rank_eval_request, STEPS_ALL, OUT, "whole"),
-    "trec": Form("TREC qrels", trec_qrels, f"{STEPS_ALL}; texts of queries go into the .queries.tsv beside", OUT, "whole", False,
-                 beside=((".queries.tsv", trec_queries),)),
-    "ltr": Form("lines for learning to rank", ltr_lines, f"{STEPS_ALL}, ids of queries", OUT, "number", False),
+    "rank-eval": Form("an Elasticsearch _rank_eval request", rank_eval_request, STEPS_ALL, OUT, "whole numbers"),
+    "trec": Form("TREC qrels", trec_qrels, f"{STEPS_ALL}; texts of queries go into the .queries.tsv beside", OUT,
+                 "whole numbers", False, beside=((".queries.tsv", trec_queries),)),
+    "ltr": Form("lines for learning to rank", ltr_lines, f"{STEPS_ALL}, ids of queries", OUT, blanks=False),
     "label-studio": Form("Label Studio tasks", label_studio_tasks, "probabilities but the rating's own, ids of queries",
                          "have no prediction", "any", ids=False, beside=((".setup.xml", label_studio_setup),)),
     "csv": Form("a plain table", plain_csv, "nothing", "keep their status and have no rating", "any", ids=False)}
@@ -214,9 +214,8 @@ def check_rated(
         if not form.blanks and any(map(str.isspace, one.doc)):
             raise BookError(f"{where}: the id holds a blank, and {form.title} can't; use --to quepid or csv.")
         if not one.rating or form.numbers == "any": continue
-        if not number_like(one.rating) or form.numbers == "whole" and not float(one.rating).is_integer():
-            raise BookError(f"{where}: is rated {one.rating!r}, and {form.title} wants {form.numbers} ratings; add --scale 0-3."
-                            .replace("number ratings", "numbers"))
+        if not number_like(one.rating) or form.numbers == "whole numbers" and not float(one.rating).is_integer():
+            raise BookError(f"{where}: is rated {one.rating!r}, and {form.title} wants {form.numbers}; add --scale 0-3.")
 
 # %% ../../nbs/67_serving.exchange.ipynb #ex0028
 def merged(
