@@ -13,6 +13,7 @@ __all__ = ['TINY', 'STIFFNESS', 'METHODS', 'MEASURES', 'BINS', 'RAREST', 'LEAST'
 
 # %% ../../nbs/67_serving.calibration.ipynb #cl0002
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -316,7 +317,9 @@ def rounded(value):
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     "Write a calibration."
     about = {"she_nb": "calibration", "version": VERSION} | rounded(asdict(calibration))
-    return atomic_write(path, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(about, ensure_ascii=False, indent=1)
+    lists = re.compile(r"\[\n\s*([^\[\]{}]+?)\n\s*\]")    # of numbers, on one line each
+    return atomic_write(path, lists.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text) + "\n")
 
 def load_calibration(path: str | Path) -> Calibration:
     "Read a calibration."

@@ -22,7 +22,17 @@ from scipy import stats
 from ..evidence.agreement import interval, resampled
 from .rows import number_of, unique_rows
 from ..shop.judged import Label, Scale
-from ..shop.labels import FIELDS, Table, json_lines, object_table, parquet_table, roles_of, separated_table, text_lines, unguarded
+from she_nb.shop.labels import (
+    FIELDS,
+    Table,
+    json_lines,
+    object_table,
+    parquet_table,
+    roles_of,
+    separated_table,
+    text_lines,
+    unguarded,
+)
 from ..shop.products import clean_text
 from ..task import BookError
 
@@ -67,7 +77,7 @@ def read_run(
     for text, key, doc, order in lines:
         query = text or queries.get(key, key)
         if doc in shelves.setdefault(query, {}):
-            raise BookError(f"{path}: lists {clean_text(doc, 30)!r} twice for {clean_text(query, 40)!r}; a search shows an item once.")
+            raise BookError(f"{path}: lists {clean_text(doc, 30)!r} twice for {clean_text(query, 40)!r}; drop one of the two.")
         shelves[query][doc] = order
     if not shelves: raise BookError(f"{path}: is empty; a run needs the columns query, doc_id and rank.")
     return {query: sorted(shelf, key=shelf.get) for query, shelf in shelves.items()}
@@ -75,7 +85,7 @@ def read_run(
 # %% ../../nbs/69_serving.measuring.ipynb #ms0009
 GAINS = {"exponential": {0: 0, 1: 1, 2: 3, 3: 7}, "linear": {0: 0, 1: 1, 2: 2, 3: 3}, "esci": {0: 0, 1: 1, 2: 10, 3: 100}}
 FORMULAS = {"exponential": "2^r - 1", "linear": "r", "esci": "ESCI's 1, 0.1, 0.01, 0"}
-MEASURES = {"ndcg": "NDCG", "quepid": "NDCG as Quepid", "p": "P", "judged": "Judged"}
+MEASURES = {"ndcg": "NDCG", "quepid": "Quepid's NDCG", "p": "P", "judged": "Judged"}
 
 def judgments_of(
     rows: Iterable[dict],
@@ -128,7 +138,8 @@ def query_measures(
     qrels = {places[query]: {ids[doc]: value for doc, value in judgments[query].items()} for query in queries}
     shown = {places[query]: {ids[doc]: float(-rank) for rank, doc in enumerate(run[query])} for query in queries if query in run}
     table = pd.DataFrame(0.0, index=queries, columns=list(MEASURES))
-    for found in ir.iter_calc(list(names), qrels, shown): table.loc[queries[int(found.query_id)], names[found.measure]] = found.value
+    for found in ir.iter_calc(list(names), qrels, shown):
+        table.loc[queries[int(found.query_id)], names[found.measure]] = found.value
     share = [ideal_share(judgments[query].values(), GAINS[gain], k) for query in queries]
     return table.assign(quepid=table["ndcg"] * np.array(share))
 
@@ -196,13 +207,14 @@ def corrected(
     people, judge, elsewhere = (np.asarray(values, float) for values in (people, judge, elsewhere))
     n, trust = len(people), power(people, judge, elsewhere)
     value, rest = mended(people, judge, elsewhere, trust), people - trust * judge
-    variances = people.var(ddof=1) / n, ((rest - rest.mean()) ** 2).sum() / (n - 2 if trust else n - 1) / n
-    if trust: variances = variances[0], variances[1] + trust ** 2 * np.concatenate([judge, elsewhere]).var(ddof=1) / len(elsewhere)
+    alone, freedom = people.var(ddof=1) / n, n - 2 if trust else n - 1
+    both = ((rest - rest.mean()) ** 2).sum() / freedom / n
+    if trust: both += trust ** 2 * np.concatenate([judge, elsewhere]).var(ddof=1) / len(elsewhere)
     def mean(value, variance, freedom):
         half = stats.t.ppf(.975, freedom) * np.sqrt(variance)
         return Mean(value, value - half, value + half)
-    alone, both = mean(float(people.mean()), variances[0], n - 1), mean(value, variances[1], n - 2 if trust else n - 1)
-    return Corrected(alone, both, float(np.r_[judge, elsewhere].mean()), trust, n, n * variances[0] / variances[1] if variances[1] else n)
+    whole, worth = float(np.r_[judge, elsewhere].mean()), n * alone / both if both else n
+    return Corrected(mean(float(people.mean()), alone, n - 1), mean(value, both, freedom), whole, trust, n, float(worth))
 
 # %% ../../nbs/69_serving.measuring.ipynb #ms0027
 def rated_whole(
@@ -264,13 +276,14 @@ def people_words(done: Measured) -> list[tuple[str, str]]:
     "Means that people's labels mend."
     if done.people is None or len(done.people[0]) < LEAST_QUERIES:
         count = 0 if done.people is None else len(done.people[0])
-        return [("people", f"rated all of the best {done.k} of {count} queries; {LEAST_QUERIES} are needed to mend the judge's means")]
+        return [("people", f"rated all of the best {done.k} of {count} queries; to mend the judge's means takes {LEAST_QUERIES}")]
     whole = done.people[0].index
     def mend(people, table): return corrected(people["ndcg"], table.loc[whole, "ndcg"], table.drop(whole)["ndcg"])
     parts = {name: mend(people, table) for name, people, table in zip(done.runs, done.people, done.tables, strict=True)}
     if len(parts) > 1: parts["difference"] = mend(done.people[-1] - done.people[0], done.tables[-1] - done.tables[0])
     lines = [("people", f"rated all of the best {done.k} of {len(whole)} queries; if these were drawn at random:")]
-    lines += [("", f"{'NDCG@' + str(done.k):<24}{'by the judge':<14}{'by people alone':<28}{'both (PPI++)':<28}lambda  worth queries")]
+    head = f"{'by the judge':<14}{'by people alone':<28}{'both (PPI++)':<28}lambda  worth queries"
+    lines.append(("", f"{'NDCG@' + str(done.k):<24}{head}"))
     for name, one in parts.items():
         sign = "+" if name == "difference" else ""
         means = f"{mean_words(one.alone, sign):<28}{mean_words(one.both, sign):<28}"
@@ -282,7 +295,8 @@ def measured_words(done: Measured, labels: bool = False) -> str:
     "What the command prints."
     titles, gains = shown_measures(done), ", ".join(map(str, GAINS[done.gain].values()))
     widths = [max(26, len(name) + 2) for name in done.runs]
-    lines = [("queries", f"{len(done.tables[0]):,} with judgments" + f"; {done.unjudged:,} of the runs without" * bool(done.unjudged)),
+    unjudged = f"; {done.unjudged:,} of the runs without" if done.unjudged else ""
+    lines = [("queries", f"{len(done.tables[0]):,} with judgments{unjudged}"),
              ("NDCG", f"gain {FORMULAS[done.gain]} ({gains} for tiers 1 to 4), discount log2(rank + 1); no judgment counts 0"),
              ("P", f"tier {done.relevant} or better is relevant")]
     lines += [("absent", f"{name} lacks {count:,} of the queries, which count 0") for name, count in done.absent.items() if count]
