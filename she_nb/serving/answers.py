@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..policy.rollout import sample, takes_any_mask, truncate_at_eos
-from .rows import Answer
+from .judgment import Answer
 from ..task import ORDERS, RULES, TAGS, TIERS, BookError, parse, prompt, read_step, response_text, token_bytes
 
 # %% ../../nbs/61_serving.answers.ipynb #an0007

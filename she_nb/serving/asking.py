@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .rows import COLUMNS, Asked, blocks_of, dropped_of
+from .judgment import COLUMNS, Asked, blocks_of, dropped_of
 from ..shop.catalog import Catalog
 from ..shop.corpora import neighbour_items, read_items, read_judgments
 from ..shop.judged import outside
@@ -23,14 +23,14 @@ from ..task import BookError
 
 # %% ../../nbs/65_serving.asking.ipynb #ask0005
 def pairs_once(
-    path: str | Path,      # any file that `she-nb labels` reads, or a table of pairs without ratings
+    path: str | Path,      # any file that `she-nb labels` reads
     fields: str = "",      # columns of a table
     locale: str = "",      # of ESCI
     holes: bool = False,   # only pairs that nobody rated
 ) -> Iterator[Judgment]:
     "Each pair of a file, in its order."
     def key(said): return hash((said.query or said.query_id, said.doc or str(said.item)))
-    def pairs(): return (said for said in read_judgments(path, fields, locale, rated=False).judgments if said.doc or said.item)
+    def pairs(): return (said for said in read_judgments(path, fields, locale).judgments if said.doc or said.item)
     seen = {key(said) for said in pairs() if said.rating} if holes else set()
     for said in pairs():
         if key(said) in seen: continue
@@ -53,7 +53,7 @@ def read_asked(
     "The pairs of a file with their texts; an item that nobody knows has no product."
     texts = read_queries(queries) if queries else {}
     known = {product.id: product for product in catalog.products} if catalog else {}
-    products = products or neighbour_items(read_judgments(path, fields, locale, rated=False))
+    products = products or neighbour_items(read_judgments(path, fields, locale))
     for block in blocks_of(pairs_once(path, fields, locale, holes), joined):
         absent = {said.doc for said in block if said.doc not in known and not (said.item or {}).get("title")}
         found = read_items(products, absent - {""}, locale) if products and absent else {}
@@ -109,10 +109,13 @@ def rows_path(
     return output if output.suffix == ".jsonl" else output.with_name(output.name + ".jsonl")
 
 def written_rows(path: Path) -> Iterator[dict]:
-    "Rows of a file of lines; lists as words, for tables."
+    "Rows of a file of lines; lists as words, objects as JSON, for tables."
+    def cell(value):
+        if isinstance(value, dict): return json.dumps(value, ensure_ascii=False)
+        return ", ".join(value) if isinstance(value, list) else value
+
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield {name: ", ".join(value) if isinstance(value, list) else value for name, value in json.loads(line).items()}
+        for line in file: yield {name: cell(value) for name, value in json.loads(line).items()}
 
 def guarded(row: dict) -> dict:
     "A row whose texts no spreadsheet takes for a formula, as Quepid guards them."

@@ -112,7 +112,6 @@ def read_judgments(
     path: str | Path,      # a file of labels, or a folder with the official files of ESCI or WANDS
     columns: str = "",     # such as "query=q,doc_id=sku,rating=stars", for a table
     locale: str = "",      # of ESCI
-    rated: bool = True,    # False: a table may lack ratings
 ) -> Labels:
     "Open any file of labels."
     path = Path(path)
@@ -121,7 +120,7 @@ def read_judgments(
         return wands_labels(place)
     if path.is_dir() and (path / ESCI_FILES[0]).is_file(): path = path / ESCI_FILES[0]
     if path.name == ESCI_FILES[0] and path.is_file(): return esci_labels(path, locale)
-    return read_labels(path, columns, rated)
+    return read_labels(path, columns)
 
 def neighbour_items(
     labels: Labels,

@@ -243,15 +243,13 @@ def read_columns(
     path: Path,
     columns: list[str],
     stated: str = "",      # such as "query=q,rating=stars"
-    rated: bool = True,    # False: pairs alone will do
 ) -> Columns:
     "Which column says what; BookError where a query, an item or a rating is missing."
     roles, item = roles_of(columns, FIELDS), roles_of(columns, ITEM_FIELDS)
     for name, column in stated_roles(stated, columns).items(): (roles if name in FIELDS else item)[name] = column
     raters = {} if "rating" in roles else rater_columns(columns, roles, item)
     missing = ["query"] * (not roles.keys() & {"query", "query_id"})
-    missing += ["doc_id"] * ("doc_id" not in roles and "title" not in item)
-    missing += ["rating"] * (rated and "rating" not in roles and not raters)
+    missing += ["doc_id"] * ("doc_id" not in roles and "title" not in item) + ["rating"] * ("rating" not in roles and not raters)
     if missing:
         score = next((column for column in columns if plain_name(column) == "score" and "rating" in missing), None)
         reason = f"; is {score} a rating, or a ranker's number?" if score else f"; {shown_columns(columns)}."
@@ -297,7 +295,7 @@ def table_judgments(
         shared = cell(row, "query"), cell(row, "doc_id").strip()
         rest = cell(row, "query_id"), item_of(row, item), {name: row[name] for name in extra if row.get(name)} or None
         if not columns.raters:
-            yield Judgment(*shared, written(row.get(roles.get("rating", ""))), cell(row, "rater"), *rest)
+            yield Judgment(*shared, written(row.get(roles["rating"])), cell(row, "rater"), *rest)
             continue
         given = {rater: rating for rater, column in columns.raters.items() if (rating := written(row.get(column)))}
         for rater, rating in given.items() or [("", "")]: yield Judgment(*shared, rating, rater, *rest)
@@ -414,12 +412,12 @@ def stated_scale(
     values = re.findall(r"-?\d+", values) if isinstance(values, str) else values
     return "-".join([written(values[0]), written(values[-1])]) if isinstance(values, list) and len(values) > 1 else "0-3"
 
-def json_labels(path: Path, columns: str = "", rated: bool = True) -> Labels:
+def json_labels(path: Path, columns: str = "") -> Labels:
     "A JSON file: one of four tools', a list of rows, or a row a line."
     with open_text(path) as stream:
         try: document = json.load(stream)
-        except (ValueError, RecursionError): return table_labels(path, object_table(path, json_lines(path)), columns, rated)
-    if isinstance(document, list): return table_labels(path, object_table(path, enumerate(document, 1)), columns, rated)
+        except (ValueError, RecursionError): return table_labels(path, object_table(path, json_lines(path)), columns)
+    if isinstance(document, list): return table_labels(path, object_table(path, enumerate(document, 1)), columns)
     key = next((key for key in JSON_FORMATS if isinstance(document, dict) and key in document), None)
     if key is None:
         gains = isinstance(document, dict) and all(isinstance(value, (dict, list)) for value in document.values())
@@ -434,29 +432,28 @@ def json_labels(path: Path, columns: str = "", rated: bool = True) -> Labels:
     return Labels(path, name, scale, judgments())
 
 # %% ../../nbs/16_shop.labels.ipynb #l045
-def table_labels(path: Path, table: Table, columns: str = "", rated: bool = True) -> Labels:
+def table_labels(path: Path, table: Table, columns: str = "") -> Labels:
     "A table whose columns are known, or named."
-    read = read_columns(path, table.columns, columns, rated)
+    read = read_columns(path, table.columns, columns)
     return Labels(path, read.format, read.scale, table_judgments(table, read))
 
 def read_labels(
     path: str | Path,     # .csv, .tsv, .txt, .json, .jsonl, .parquet; the text ones also as .gz
     columns: str = "",    # such as "query=q,doc_id=sku,rating=stars", for a table
-    rated: bool = True,   # False: a table may lack ratings
 ) -> Labels:
     "Recognise a file of judgments by its content, and stream it."
     path = Path(path)
     if path.is_dir(): raise BookError(f"{path}: is a folder with neither ESCI's nor WANDS's files; name a file.")
     if not path.exists(): raise BookError(f"{path}: no such file; check the path to the labels.")
     ending = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-    if ending == ".parquet": return table_labels(path, parquet_table(path), columns, rated)
+    if ending == ".parquet": return table_labels(path, parquet_table(path), columns)
     line = next(text_lines(path), (0, ""))[1].strip()
     if not line: raise BookError(f"{path}: is empty; {WRITE}.")
-    if ending in (".jsonl", ".ndjson"): return table_labels(path, object_table(path, json_lines(path)), columns, rated)
-    if line[0] in "{[": return json_labels(path, columns, rated)
+    if ending in (".jsonl", ".ndjson"): return table_labels(path, object_table(path, json_lines(path)), columns)
+    if line[0] in "{[": return json_labels(path, columns)
     if LTR.fullmatch(line): return Labels(path, "ltr", "", ltr_judgments(path))
     if TREC.fullmatch(line): return Labels(path, "trec", "", trec_judgments(path))
-    return table_labels(path, separated_table(path), columns, rated)
+    return table_labels(path, separated_table(path), columns)
 
 # %% ../../nbs/16_shop.labels.ipynb #l051
 def read_queries(
