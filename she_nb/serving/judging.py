@@ -23,7 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..policy.models import load_policy
 from .answers import PRECISIONS, Decoding, answer_prompts, usual_precision
 from .card import model_digest, read_card
-from .judgment import COLUMNS, RATINGS, Answer, Asked, answer_of, blocks_of, digest_of, judged_fields, stated_product
+from she_nb.serving.judgment import (
+    COLUMNS,
+    RATINGS,
+    Answer,
+    Asked,
+    answer_of,
+    blocks_of,
+    digest_of,
+    judged_fields,
+    stated_product,
+)
 from ..shop.products import clean_text
 from ..task import ORDERS, RULES, BookError, prompt
 
