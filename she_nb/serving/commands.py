@@ -15,14 +15,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 
 from .card import newest_policy
-from .judgment import RATINGS, STEP_COLUMNS, Asked, digest_of
 from ..task import TIERS, BookError, atomic_write, root
 
 # %% ../../nbs/69_serving.commands.ipynb #cm0005
@@ -42,26 +40,30 @@ def open_calibration(
     "How rows are brought to the scale of people."
     if not path: return {}
     from she_nb.serving.calibration import apply_calibration, load_calibration
+    from she_nb.serving.judgment import digest_of
     calibration = load_calibration(path)
     def calibrate(rows): return [row | {"scale": calibration.scale} for row in apply_calibration(rows, calibration)]
     return {"calibrate": calibrate, "calibration": digest_of(Path(path).read_text(encoding="utf-8"))}
 
 def open_judge(args):  # args: model, cal, order, rule, tier_rule, precision, and perhaps scale
     "The folder and its judge."
-    folder = chosen_model(args.model)
-    calibration = open_calibration(args.cal)
+    from she_nb.serving.judgment import RATINGS
+    scale = getattr(args, "scale", "tiers")
+    if scale not in RATINGS: raise BookError(f"--scale {scale[:20]} is none of {', '.join(RATINGS)}; take one of these.")
+    folder, calibration = chosen_model(args.model), open_calibration(args.cal)
     from transformers.utils import logging
 
     from she_nb.serving.judging import Judge
     logging.disable_progress_bar()
     stated = {name: getattr(args, name) for name in ("order", "rule", "tier_rule", "precision") if getattr(args, name)}
-    return folder, Judge.load(folder, getattr(args, "scale", "tiers"), **calibration, **stated)
+    return folder, Judge.load(folder, scale, **calibration, **stated)
 
 # %% ../../nbs/69_serving.commands.ipynb #cm0010
 def row_words(
     row: dict,  # with COLUMNS
 ) -> str:
     "A judgment for people."
+    from she_nb.serving.judgment import STEP_COLUMNS
     lines = [("query", row["query"]), ("item", row["title"])]
     lines += list(zip(("asked", "offered", "category", "wishes"), (row[name] for name in STEP_COLUMNS), strict=True))
     if row["tier"]:
@@ -97,7 +99,7 @@ def file_pairs(args):  # args: file, catalog, products, queries, fields, locale,
     from she_nb.serving.asking import read_asked
     from she_nb.shop.catalog import load_catalog
     catalog = load_catalog(args.catalog) if args.catalog else None
-    def pairs() -> Iterator[Asked]:
+    def pairs():
         found = read_asked(args.file, catalog, args.products, args.queries, args.fields, args.locale, args.only_holes)
         return islice(found, args.limit or None)
     return pairs
@@ -271,7 +273,7 @@ def add_judge(commands) -> None:  # of argparse
     options = FILE_OPTIONS | MODEL_OPTIONS | PAIR_OPTIONS
     for name, about in options.items(): judge.add_argument(f"--{name}", default="", help=about)
     judge.add_argument("--attribute", action="append", default=[], metavar="NAME=VALUE", help="of one item; may be repeated")
-    judge.add_argument("--scale", default="tiers", choices=RATINGS, help="of the rating (tiers)")
+    judge.add_argument("--scale", default="tiers", help="of the rating: tiers, 0-3, esci, wands or binary (tiers)")
     judge.add_argument("--limit", type=int, default=0, help="pairs at most (all)")
     for name, about in FLAGS.items(): judge.add_argument(f"--{name}", action="store_true", help=about)
     judge.set_defaults(run=judge_command)
