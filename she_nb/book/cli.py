@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABEL_OPTIONS', 'kill_children', 'watch_parent', 'locked', 'check_space', 'check_book', 'snakemake', 'Progress',
-           'run_book', 'render', 'share_of', 'run_command', 'list_runs', 'settings_command', 'add_label_options',
-           'labels_command', 'add_labels', 'stage_command', 'check_record', 'outputs_command', 'site_command',
-           'pairs_command', 'add_pairs', 'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser',
-           'parser', 'main']
+           'run_book', 'render', 'run_command', 'list_runs', 'settings_command', 'add_label_options', 'labels_command',
+           'add_labels', 'stage_command', 'check_record', 'outputs_command', 'site_command', 'pairs_command',
+           'add_pairs', 'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser', 'parser', 'main']
 
 # %% ../../nbs/80_book.cli.ipynb #a4591afe
 import argparse
@@ -30,6 +29,7 @@ from .kernels import warm
 from .records import digest, parameters_of, read_record
 from .settings import SETTING_TYPES, presets, settings_table
 from .stages import StageError, declared, run_stage, stage_notebook
+from ..serving.commands import add_judge, add_serve, share_of
 from ..task import BookError, atomic_write, root
 
 # %% ../../nbs/80_book.cli.ipynb #13c52d2e
@@ -202,16 +202,6 @@ def render(
     "Turn the executed report into report.html and report.md (ours)."
     from she_nb.evidence.page import render_report
     render_report(Path(notebook), Path(reports))
-
-# %% ../../nbs/80_book.cli.ipynb #feedshare1
-def share_of(
-    text: str,  # "1%" or "0.01"
-) -> float:     # from 0 to below 1
-    "The share of the rows that `--skip-bad` names."
-    try: share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError: share = -1
-    if not 0 <= share < 1: raise BookError(f"--skip-bad {text[:20]} is no share of the rows; write 1% or 0.01.")
-    return share
 
 # %% ../../nbs/80_book.cli.ipynb #79ca4ca4
 def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, force, work, reports, p, studies
@@ -471,6 +461,7 @@ def parser() -> Parser:
     add_catalog(commands)
     add_pairs(commands)
     add_labels(commands)
+    for add in (add_judge, add_serve): add(commands)
     add_pages(commands)
     *first, last = commands.choices
     commands.metavar = f"{', '.join(first)} or {last}"
@@ -483,8 +474,7 @@ def main(
     "The command `she-nb`: every failure is one sentence (ours)."
     try:
         args = parser().parse_args(argv)
-        args.run(args)
-        return 0
+        return args.run(args) or 0
     except KeyboardInterrupt: code, text = 130, "Interrupted; the same command goes on from here."
     except (BookError, StageError) as error: code, text = (2 if isinstance(error, BookError) else 1), str(error)
     except BrokenPipeError:  # `she-nb settings | head` has seen enough
