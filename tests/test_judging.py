@@ -50,7 +50,8 @@ def judge(model):
 def asked(count, seed=0):
     "Pairs as the policy learnt them, and a third that are longer than all of these."
     rng = random.Random(seed)
-    def title(i): return " ".join([PAIRS[i % 12].item, *rng.choices(["large", "new", "in a box"], k=i % 3 // 2 * rng.randrange(20))])
+    tails = (rng.choices(["large", "new", "in a box"], k=rng.randrange(20)) for _ in range(count))
+    def title(i): return " ".join([PAIRS[i % 12].item, *(next(tails) if i % 3 == 2 else [])])
     return [Asked(PAIRS[i % 12].query, stated_product(title(i)), doc_id=str(i)) for i in range(count)]
 
 
@@ -163,6 +164,12 @@ def address(model, tmp_path_factory):
     assert serving.returncode == 0 and said.startswith("Ended; ") and not wrong, (said, wrong)
 
 
+@pytest.fixture(scope="module")
+def known(judge):
+    "A query and a title that the small policy can judge."
+    return next((row["query"], row["title"]) for row in judge.stream(asked(36)) if row["tier"])
+
+
 def chat(address, system, user, **more):
     body = {"model": "any", "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]} | more
     request = Request(f"{address}/v1/chat/completions", json.dumps(body).encode(),
@@ -170,16 +177,18 @@ def chat(address, system, user, **more):
     with urlopen(request, timeout=60) as reply: return json.load(reply)["choices"][0]["message"]["content"]
 
 
-def test_it_answers_quepid(address):
+def test_it_answers_quepid(address, known):
+    query, title = known
     said = json.loads(chat(address, "You are evaluating the relevance of results.",
-                           "Query: red boots\n\ndoc1:\n  title: red boots\n  brand: Kelmura\n", temperature=0.7))
+                           f"Query: {query}\n\ndoc1:\n  title: {title}\n  description: new\n", temperature=0.7))
     assert said["judgment"] in (0, 1, 2, 3) and "asked: " in said["explanation"]
 
 
-def test_it_answers_opensearch(address):
-    hits = json.dumps([{"id": "A-17", "source": "{\"title\": \"red boots\"}"}, {"id": "B-02", "source": {"title": "blue mug"}}])
-    said = json.loads(chat(address, "You are an expert search relevance rater.", f"SearchText - red boots; Hits - {hits}"))
-    assert {hit["id"] for hit in said} <= {"A-17", "B-02"} and all(0 <= hit["rating_score"] <= 1 for hit in said)
+def test_it_answers_opensearch(address, known):
+    query, title = known
+    hits = json.dumps([{"id": "A-17", "source": json.dumps({"title": title})}, {"id": "B-02", "source": {"title": title}}])
+    said = json.loads(chat(address, "You are an expert search relevance rater.", f"SearchText - {query}; Hits - {hits}"))
+    assert [hit["id"] for hit in said] == ["A-17", "B-02"] and said[0]["rating_score"] == said[1]["rating_score"]
 
 
 def test_it_shows_its_health_and_refuses_in_one_sentence(address):
@@ -187,11 +196,16 @@ def test_it_shows_its_health_and_refuses_in_one_sentence(address):
     with pytest.raises(OSError, match="400"): chat(address, "You judge.", "Is it good?")
 
 
-def test_veritail_can_ask_it(address):
-    client = pytest.importorskip("veritail.llm.client")
-    judge = client.create_llm_client("she-nb", base_url=f"{address}/v1", api_key="none")
-    said = judge.complete("You judge.", "## Search Query\nred boots\n\n## Product\n- **Title**: red boots\n- **Price**: $39.50")
-    assert said.content.startswith("SCORE: ")
+def test_veritail_can_ask_it(address, known):
+    client, judges, types = (pytest.importorskip(f"veritail.{name}") for name in ("llm.client", "llm.judge", "types"))
+    query, title = known
+    model = client.create_llm_client("she-nb", base_url=f"{address}/v1", api_key="none")
+    model.preflight_check()
+    said = judges.RelevanceJudge(model, "You judge.", lambda query, item, **_: f"## Search Query\n{query}\n\n## Product\n"
+                                 f"- **Title**: {item.title}\n- **In Stock**: Yes\n", "t")
+    judged = said.judge(query, types.SearchResult("A-17", title, "new", "", 0.0, 0))
+    assert judged.score in (0, 1, 2, 3) and judged.attribute_verdict in ("match", "partial", "mismatch", "n/a")
+    assert "asked: " in judged.reasoning
 
 
 def test_mistakes_are_one_sentence(model, tmp_path):

@@ -244,12 +244,13 @@ def serve_command(args) -> None:  # args: host, port, and those of `open_judge`
     host, port = server.server_address[:2]
     print(f"{folder} answers at http://{host}:{port}/v1/chat/completions, /v1/models, /card and /health, until you press Ctrl-C.",
           flush=True)
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try: server.serve_forever(poll_interval=.1)
     except KeyboardInterrupt: pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in before: signal.signal(number, signal.SIG_IGN)   # a second one must not tear what the first one ends
         server.close()
+        for number, handler in before.items(): signal.signal(number, handler)
     print(f"Ended; {server.batcher.judged:,} pairs were judged.", flush=True)
 
 # %% ../../nbs/69_serving.commands.ipynb #cm0025

@@ -105,7 +105,8 @@ def veritail_call(text: str, request: dict) -> Call | None:
     "A request of veritail."
     found = VERITAIL.fullmatch(text)
     if not found: return None
-    fields = {field["name"]: field["value"] for field in FIELD.finditer(found["fields"])}
+    fields: dict = {}
+    for field in FIELD.finditer(found["fields"]): fields.setdefault(field["name"], field["value"])   # a description may forge it
     def write(rows):
         row = rows[0]
         none, wrong, open_ = not (row["matched"] + row["contradicted"] + row["unknown"]), row["contradicted"], row["unknown"]
