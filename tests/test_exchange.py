@@ -84,6 +84,17 @@ def test_a_table_of_judgments_is_the_lines_of_judgments(tmp_path):
     assert again == [{name: one[name] for name in ("query", "doc_id", "tier", "p_4", "status")} for one in rows]
 
 
+def test_calibrated_rows_go_out_as_they_are(tmp_path):
+    rows = [row("red", f"A{place}", 4, scale="1-5", rating=rating, p={"5": .6, "4": .3, "1": .1}, review=place == 2)
+            for place, rating in enumerate(("5", "4", "5"))] + [row("red", "B", None, scale="1-5", p=None, review=True)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    export_rows(read_rows(tmp_path / "a.jsonl"), "csv", tmp_path / "a.csv")
+    assert [(one["p"], one["review"]) for one in read_rows(tmp_path / "a.csv")] == [(one["p"], one["review"]) for one in rows]
+    done = export_rows(read_rows(tmp_path / "a.csv"), "quepid", tmp_path / "q.csv", skip_review=True)
+    assert back(tmp_path / "q.csv", "quepid") == {("red", "A0"): "5", ("red", "A1"): "4", ("red", "A2"): "", ("red", "B"): ""}
+    assert done.scale == "1-5" and done.holes == {"left for review": 1, "truncated": 1}
+
+
 def test_a_form_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "out.csv").write_text("precious")
     with pytest.raises(BookError): export_rows([row("red", "A", 3), row("red", "", 3)], "quepid", tmp_path / "out.csv")

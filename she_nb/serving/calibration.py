@@ -370,7 +370,7 @@ def apply_calibration(
     rows: Iterable[dict],
     calibration: Calibration,
     block: int = 1024,          # rows at once
-) -> Iterator[dict]:            # with rating, p, confidence and review
+) -> Iterator[dict]:            # with rating, scale, p, confidence and review
     "Say every row on the scale of people."
     rows = iter(rows)
     while taken := list(islice(rows, block)):
@@ -378,7 +378,8 @@ def apply_calibration(
         for row in good: check_judge(row, calibration)
         p = np.array([[row[name] for name in PROBABILITIES] for row in good], float).reshape(-1, 4)
         answers = iter(calibration.probabilities(p) if len(p) else [])
-        for row in taken: yield row | (said(next(answers), calibration) if row["tier"] is not None else UNKNOWN)
+        for row in taken:
+            yield row | (said(next(answers), calibration) if row["tier"] is not None else UNKNOWN) | {"scale": calibration.scale}
 
 UNKNOWN = {"rating": "", "p": None, "confidence": None, "review": True}
 

@@ -44,7 +44,7 @@ class Options:
     scale: Scale = field(default_factory=lambda: SCALES["0-3"])
     ratings: tuple[str, ...] = ("3", "2", "1", "0")   # of the scale, the best first
 
-def is_calibrated(row: dict) -> bool: return "review" in row
+def is_calibrated(row: dict) -> bool: return bool(row.get("p"))
 
 def rated_rows(
     rows: Iterable[dict],
@@ -53,7 +53,7 @@ def rated_rows(
 ) -> Iterator[Rated]:
     "Rows with the rating that is exported."
     for row in rows:
-        given = row["status"] == "ok" and not (skip_review and row.get("review") in (True, "True", "true"))
+        given = row["status"] == "ok" and not (skip_review and row.get("review"))
         said = "" if not given else rating_on(row["tier"], scale) if scale and not is_calibrated(row) else str(row["rating"])
         yield Rated(row["query"], row["doc_id"], said, str(row.get("query_id") or ""), row)
 
@@ -284,13 +284,15 @@ def export_rows(
     rated = list(rated_rows(unique_rows(rows), scale, skip_review))
     if not rated: raise BookError("the file of judgments holds no row; judge at least one pair.")
     check_rated(rated, to)
+    calibrated = any(is_calibrated(one.row) for one in rated)
     statuses = Counter("left for review" if one.row["status"] == "ok" else one.row["status"] for one in rated if not one.rating)
     told = Options(**options, ratings=ratings_of(rated, scale))
-    case = read_case(merge, told.ratings, stated or is_calibrated(rated[0].row)) if merge else []
+    case = read_case(merge, told.ratings, stated or calibrated) if merge else []
     filled, counts = merged(rated, case) if merge else (rated, Counter())
     texts = [(output, form.write(filled, told)), *((output.with_suffix(end), write(rated, told)) for end, write in form.beside)]
     paths = [atomic_write(path, text) for path, text in texts]
-    named = "calibrated" if is_calibrated(rated[0].row) else scale.name if scale else "as judged"
+    own = next((str(one.row["scale"]) for one in rated if one.row.get("scale")), "as judged")
+    named = own if calibrated or not scale else scale.name
     return Exported(paths, form, Counter(one.rating for one in filled if one.rating), statuses, counts, named)
 
 def ratings_of(
@@ -298,9 +300,10 @@ def ratings_of(
     scale: Scale | None,
 ) -> tuple[str, ...]:  # the best first
     "All ratings that an export can hold."
-    if scale and not is_calibrated(rows[0].row): return tuple(dict.fromkeys(rating_on(tier, scale) for tier in TIERS))
+    if scale and not any(is_calibrated(one.row) for one in rows):
+        return tuple(dict.fromkeys(rating_on(tier, scale) for tier in TIERS))
     tiers = {one.rating: one.row["tier"] for one in rows if one.rating}
-    stated = next((list(one.row["p"]) for one in rows if isinstance(one.row.get("p"), dict)), None)
+    stated = next((list(one.row["p"]) for one in rows if is_calibrated(one.row)), None)
     return tuple(stated or sorted(tiers, key=lambda rating: (number_like(rating) and -float(rating), -tiers[rating])))
 
 # %% ../../nbs/67_serving.exchange.ipynb #ex0036

@@ -20,19 +20,9 @@ import pandas as pd
 from scipy import stats
 
 from ..evidence.agreement import interval, resampled
-from .rows import number_of, unique_rows
-from ..shop.judged import Label, Scale
-from she_nb.shop.labels import (
-    FIELDS,
-    Table,
-    json_lines,
-    object_table,
-    parquet_table,
-    roles_of,
-    separated_table,
-    text_lines,
-    unguarded,
-)
+from .rows import number_of, table_rows, unique_rows
+from ..shop.judged import Label, Scale, read_scale
+from ..shop.labels import FIELDS, roles_of, text_lines, unguarded
 from ..shop.products import clean_text
 from ..task import BookError
 
@@ -48,14 +38,14 @@ def trec_run(path: Path) -> Iterable[tuple[str, str, str, tuple]]:  # query, que
         except (TypeError, ValueError):
             raise BookError(f"{path}: line {number} is no 'query-id Q0 item-id rank score tag'; write it so.") from None
 
-def table_run(path: Path, table: Table) -> Iterable[tuple[str, str, str, tuple]]:
+def table_run(path: Path) -> Iterable[tuple[str, str, str, tuple]]:
     "The rows of a table with query, doc_id and rank."
-    roles = roles_of(table.columns, FIELDS | {"rank": PLACE, "score": ("score",)})
-    order = "rank" if "rank" in roles else "score"
-    if not {"query", "query_id"} & set(roles) or not {"doc_id", order} <= set(roles):
-        raise BookError(f"{path}: a run needs the columns query, doc_id and rank; name them so.")
-    for number, row in table.rows:
-        def cell(name, row=row): return unguarded(row.get(roles.get(name, ""))).strip()
+    for number, row in table_rows(path):
+        roles = roles_of(row, FIELDS | {"rank": PLACE, "score": ("score",)})
+        order = "rank" if "rank" in roles else "score"
+        if not {"query", "query_id"} & set(roles) or not {"doc_id", order} <= set(roles):
+            raise BookError(f"{path}: a run needs the columns query, doc_id and rank; name them so.")
+        def cell(name, row=row, roles=roles): return unguarded(row.get(roles.get(name, ""))).strip()
         try: place = number_of(row.get(roles[order]))
         except ValueError: place = None
         if place is None: raise BookError(f"{path}: row {number}: the {order} {row.get(roles[order])!r} is no number; mend it.")
@@ -70,11 +60,8 @@ def read_run(
     path = Path(path)
     if not path.is_file(): raise BookError(f"{path}: no such file; check the path to the run.")
     first = next(text_lines(path), (0, ""))[1].strip() if path.suffix != ".parquet" else ""
-    if TREC_RUN.fullmatch(first): lines = trec_run(path)
-    elif path.suffix == ".parquet": lines = table_run(path, parquet_table(path))
-    else: lines = table_run(path, object_table(path, json_lines(path)) if path.suffix == ".jsonl" else separated_table(path))
     shelves: dict[str, dict] = {}
-    for text, key, doc, order in lines:
+    for text, key, doc, order in (trec_run if TREC_RUN.fullmatch(first) else table_run)(path):
         query = text or queries.get(key, key)
         if doc in shelves.setdefault(query, {}):
             raise BookError(f"{path}: lists {clean_text(doc, 30)!r} twice for {clean_text(query, 40)!r}; drop one of the two.")
@@ -89,15 +76,14 @@ MEASURES = {"ndcg": "NDCG", "quepid": "Quepid's NDCG", "p": "P", "judged": "Judg
 
 def judgments_of(
     rows: Iterable[dict],
-    scale: Scale | None = None,           # of people who are compared with the judge, whose tiers are folded to it
-    tiers: dict[str, int] | None = None,  # rating -> tier, of calibrated rows
-) -> dict[str, dict[str, int]]:           # query -> item -> 0 to 3
+    scale: Scale | None = None,   # of people who are compared with the judge, whose tiers are folded to it
+) -> dict[str, dict[str, int]]:   # query -> item -> 0 to 3
     "What the judge says, as TREC's tools want it; failed rows are no judgments."
     out: dict[str, dict] = {}
     for row in unique_rows(rows):
         if row["tier"] is None: continue
-        tier = tiers[str(row["rating"]).lower()] if tiers else scale.fold(row["tier"]) if scale else row["tier"]
-        out.setdefault(row["query"], {})[row["doc_id"]] = tier - 1
+        tier = read_scale(row["scale"]).tier(str(row["rating"])) if row.get("p") else row["tier"]   # p: it is calibrated
+        out.setdefault(row["query"], {})[row["doc_id"]] = (scale.fold(tier) if scale else tier) - 1
     return out
 
 def labels_judgments(labels: Iterable[Label]) -> dict[str, dict[str, int]]:

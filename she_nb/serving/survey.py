@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .rows import guarded, number_of, pair_of, unique_rows
-from ..shop.labels import FIELDS, json_lines, object_table, roles_of, separated_table, unguarded
+from .rows import guarded, number_of, pair_of, table_rows, unique_rows
+from ..shop.labels import FIELDS, roles_of, unguarded
 from ..shop.products import clean_text
 from ..task import BookError, atomic_write
 
@@ -142,14 +142,13 @@ def read_weights(
     path: str | Path,   # of labels
 ) -> dict[tuple[str, str], float]:  # (query, item's id or title) -> weight; empty where the file states none
     "What each rated pair stands for."
-    path = Path(path)
-    if path.suffix not in (".csv", ".tsv", ".jsonl") or not path.is_file(): return {}
-    table = object_table(path, json_lines(path)) if path.suffix == ".jsonl" else separated_table(path)
-    roles, out = roles_of(table.columns, FIELDS), {}
-    if "weight" not in table.columns or "query" not in roles: return {}
-    for number, row in table.rows:
+    path, out = Path(path), {}
+    if path.suffix not in (".csv", ".jsonl") or not path.is_file(): return {}
+    for number, row in table_rows(path):
+        roles = roles_of(row, FIELDS)
+        if "weight" not in row or "query" not in roles: return {}
         try: weight = number_of(row.get("weight")) or 1.0
         except ValueError: weight = -1.0
         if weight <= 0: raise BookError(f"{path}: row {number}: the weight {row['weight']!r} is no positive number; mend it.")
-        out[unguarded(row[roles["query"]]), unguarded(row.get(roles.get("doc_id"))) or row.get("title") or ""] = weight
+        out[unguarded(row[roles["query"]]), unguarded(row.get(roles.get("doc_id"))) or unguarded(row.get("title"))] = weight
     return out

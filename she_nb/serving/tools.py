@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABEL_OPTIONS', 'EXPORTS', 'speaking_of', 'stated_numbers', 'add_options', 'calibrate_command', 'add_calibrate',
-           'opened_rows', 'export_command', 'add_export', 'measure_command', 'rating_tiers', 'add_measure',
-           'sample_command', 'add_sample']
+           'opened_rows', 'export_command', 'add_export', 'measure_command', 'add_measure', 'sample_command',
+           'add_sample']
 
 # %% ../../nbs/69_serving.tools.ipynb #tl0002
 from contextlib import contextmanager
@@ -125,7 +125,7 @@ def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, g
     scale = opened.scale if opened else read_scale(args.scale) if args.scale else None
     with speaking_of(args.judged, args.cal):
         rows = list(opened_rows(args))
-        judgments = judgments_of(rows, scale, rating_tiers(args.cal, rows, scale))
+        judgments = judgments_of(rows, scale)
     texts = {str(row["query_id"]): row["query"] for row in rows if row.get("query_id")}
     if args.queries: texts |= read_queries(args.queries)
     runs = {path: read_run(path, texts) for path in args.run_files}
@@ -136,15 +136,6 @@ def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, g
     done = measure_runs(judgments, names, people, args.k, args.gain, args.relevant_from)
     print(measured_words(done, bool(opened)))
     if missed := below(done, gates): raise SystemExit("she-nb: " + " ".join(missed))
-
-def rating_tiers(cal: str, rows: list[dict], scale) -> dict[str, int] | None:  # None: rows are not calibrated
-    "What calibrated ratings mean, by rating in lower case."
-    if cal:
-        from she_nb.serving.calibration import load_calibration
-        return {rating.lower(): tier for rating, tier in load_calibration(cal).tiers.items()}
-    if not any("review" in row for row in rows): return None
-    if scale is None: raise BookError("the rows are calibrated; say their scale by --cal, the file that calibrated them.")
-    return scale.tiers
 
 # %% ../../nbs/69_serving.tools.ipynb #tl0013
 def add_measure(commands) -> None:  # of argparse
