@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABEL_OPTIONS', 'kill_children', 'watch_parent', 'locked', 'check_space', 'check_book', 'snakemake', 'Progress',
-           'run_book', 'render', 'run_command', 'list_runs', 'settings_command', 'add_label_options', 'labels_command',
-           'add_labels', 'stage_command', 'check_record', 'outputs_command', 'site_command', 'pairs_command',
-           'add_pairs', 'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser', 'parser', 'main']
+           'run_book', 'render', 'run_command', 'list_runs', 'settings_command', 'labels_command', 'add_labels',
+           'stage_command', 'check_record', 'outputs_command', 'site_command', 'pairs_command', 'add_pairs',
+           'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser', 'parser', 'main']
 
 # %% ../../nbs/80_book.cli.ipynb #a4591afe
 import argparse
@@ -30,6 +30,7 @@ from .records import digest, parameters_of, read_record
 from .settings import SETTING_TYPES, presets, settings_table
 from .stages import StageError, declared, run_stage, stage_notebook
 from ..serving.commands import add_judge, add_serve, share_of
+from ..serving.tools import READING_OPTIONS, add_agree, add_calibrate, add_export, add_measure, add_options, add_sample
 from ..task import BookError, atomic_write, root
 
 # %% ../../nbs/80_book.cli.ipynb #13c52d2e
@@ -248,15 +249,7 @@ def settings_command(args) -> None:  # args: preset
     print(settings_table(root() / "settings.ini", args.preset, width))
 
 # %% ../../nbs/80_book.cli.ipynb #lab0002
-LABEL_OPTIONS = {"products": "items of the labels: the export of any shop, by any of its ids",
-                 "queries": "texts of their queries, by id",
-                 "fields": "columns of a table of labels: query=q,doc_id=sku,rating=stars",
-                 "scale": "what their ratings mean: tiers, 0-3, 0-4, 1-5, binary, esci, wands, or 2=4,1=2,0=1",
-                 "locale": "of ESCI: us, es or jp"}
-
-def add_label_options(command) -> None:  # of argparse
-    "How people's labels are read."
-    for name, text in LABEL_OPTIONS.items(): command.add_argument(f"--{name}", default="", help=text)
+LABEL_OPTIONS = {"products": "items of the labels: the export of any shop, by any of its ids"} | READING_OPTIONS
 
 def labels_command(args) -> None:  # args: file, catalog, output, and LABEL_OPTIONS
     "`she-nb labels`: what a file of labels says, and its pairs (ours)."
@@ -279,7 +272,7 @@ def add_labels(commands) -> None:  # of argparse
     command.add_argument("file", help="of Quepid, OpenSearch, Elasticsearch, Label Studio, TREC, ESCI, WANDS, ...: or any table")
     command.add_argument("--catalog", default="", help="your catalogue, whose items the labels name")
     command.add_argument("-o", "--output", default="", help="write the pairs to this file, as JSONL")
-    add_label_options(command)
+    add_options(command, LABEL_OPTIONS)
     command.set_defaults(run=labels_command)
 
 # %% ../../nbs/80_book.cli.ipynb #acbaf49f
@@ -448,7 +441,7 @@ def parser() -> Parser:
         for folder in ("work", "reports"):
             command.add_argument(f"--{folder}", default="", help=f"use this folder as {folder}/")
     commands.choices["book"].add_argument("--labels", default="", help="people's labels, to train on and to be judged by")
-    add_label_options(commands.choices["book"])
+    add_options(commands.choices["book"], LABEL_OPTIONS)
     stage = commands.add_parser("stage", help="run one stage notebook", description="run one stage notebook")
     stage.set_defaults(run=stage_command)
     stage.add_argument("stage", help="data, sft, dpo, judge, ask, select, train, evaluate, ... or a study")
@@ -461,7 +454,7 @@ def parser() -> Parser:
     add_catalog(commands)
     add_pairs(commands)
     add_labels(commands)
-    for add in (add_judge, add_serve): add(commands)
+    for add in (add_judge, add_agree, add_calibrate, add_export, add_measure, add_sample, add_serve): add(commands)
     add_pages(commands)
     *first, last = commands.choices
     commands.metavar = f"{', '.join(first)} or {last}"

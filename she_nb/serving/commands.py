@@ -40,7 +40,6 @@ def open_calibration(
     "How rows are brought to the scale of people."
     if not path: return {}
     from she_nb.serving.calibration import apply_calibration, load_calibration
-
     from she_nb.serving.judgment import digest_of
     calibration = load_calibration(path)
     def calibrate(rows): return [row | {"scale": calibration.scale} for row in apply_calibration(rows, calibration)]
