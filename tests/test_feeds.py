@@ -169,12 +169,14 @@ def test_an_empty_category_names_the_mend(shop):
 
 
 ROWS = b"title,category\n" + b"mug,home > mugs\n" * 60
-PACKED = {"garbage.csv.gz": b"\x1f\x8bgarbage", "cut.csv.gz": gzip.compress(ROWS)[:-9], "line.csv.gz": gzip.compress(b"a" * 9_000_000),
+PACKED = {"garbage.csv.gz": b"\x1f\x8bgarbage", "cut.csv.gz": gzip.compress(ROWS)[:-9],
+          "line.csv.gz": gzip.compress(b"a" * 9_000_000),
           "rows.csv.gz": gzip.compress(ROWS * 9000), "blanks.json.gz": gzip.compress(b"[" + b" " * 9_000_000),
           "deep.json.gz": gzip.compress(b"[" * 900_000), "twice.csv.gz": gzip.compress(gzip.compress(ROWS)),
           "half.csv": ROWS.decode().encode("utf-16")[:-1], "mixed.csv": ROWS.decode().encode("utf-16") + ROWS,
           "bare.csv": ROWS.decode().encode("utf-16-le"), "garbage.parquet": b"PAR1garbagePAR1", "open.json": b'{"a":' * 50_000,
-          "bomb.xml": b'<!DOCTYPE a [<!ENTITY b "c"><!ENTITY d "&b;&b;">]><a><item><t>&d;</t></item></a>', "nul.csv": b"\0" * 9999}
+          "bomb.xml": b'<!DOCTYPE a [<!ENTITY b "c"><!ENTITY d "&b;&b;">]><a><item><t>&d;</t></item></a>',
+          "nul.csv": b"\0" * 9999}
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -186,7 +188,8 @@ def test_bombs_and_halves_end_in_a_sentence(tmp_path, name):
 
 
 @pytest.mark.parametrize("parts", [{"a.csv": ROWS, "b.jsonl": b"{}"}, {"a.csv": ROWS, "b.csv": b"x,y\n1,2\n"}, {},
-                                   {"a.csv.gz": gzip.compress(ROWS), "b.csv.gz": b"\x1f\x8b"}, {"a.csv": ROWS, "b.csv": b"\xff\xfe"}])
+                                   {"a.csv.gz": gzip.compress(ROWS), "b.csv.gz": b"\x1f\x8b"},
+                                   {"a.csv": ROWS, "b.csv": b"\xff\xfe"}])
 def test_folders_of_mixed_parts_end_in_a_sentence(tmp_path, parts):
     for name, data in parts.items(): (tmp_path / name).write_bytes(data)
     with pytest.raises(BookError): read_products(tmp_path, skip_bad=.5)
