@@ -495,6 +495,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'she_nb.evidence.page._chain_cells': ('evidence.page.html#_chain_cells', 'she_nb/evidence/page.py'),
                                       'she_nb.evidence.page._each': ('evidence.page.html#_each', 'she_nb/evidence/page.py'),
                                       'she_nb.evidence.page.byline': ('evidence.page.html#byline', 'she_nb/evidence/page.py'),
+                                      'she_nb.evidence.page.catalogue_words': ( 'evidence.page.html#catalogue_words',
+                                                                                'she_nb/evidence/page.py'),
                                       'she_nb.evidence.page.chains_block': ('evidence.page.html#chains_block', 'she_nb/evidence/page.py'),
                                       'she_nb.evidence.page.contents': ('evidence.page.html#contents', 'she_nb/evidence/page.py'),
                                       'she_nb.evidence.page.draft_report': ('evidence.page.html#draft_report', 'she_nb/evidence/page.py'),

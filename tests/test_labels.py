@@ -6,12 +6,16 @@ import zipfile
 import pandas as pd
 import pytest
 from conftest import Desk, refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from she_nb.shop.catalog import Catalog
 from she_nb.shop.corpora import ESCI_FILES, as_product, find_items, read_items, read_judgments
 from she_nb.shop.judged import gather, label_data, open_labels
+from she_nb.shop.labels import read_queries
 from she_nb.shop.pairs import split_of, split_shelves
 from she_nb.shop.products import Product
+from she_nb.task import BookError
 
 BOOK = {"scale": [0, 1], "query_doc_pairs": [
     {"query_text": "lamp", "doc_id": "A", "document_fields": {"name": "Desk lamp"},
@@ -203,6 +207,25 @@ def test_what_is_kept_of_a_large_file_is_bounded():
     assert drawn.counts["judgments"] == 200_000
 
 
+ENDINGS = ("any.csv", "any.tsv", "any.json", "any.jsonl", "any.zip", "any.parquet", "any.csv.gz", "product.csv", "label.csv",
+           ESCI_FILES[0])
+STARTS = (b"", b"PAR1", b"PK\x03\x04", b"\x1f\x8b\x08", b'{"details": ', b'[{"data": {"query": 1}, "annotations": ',
+          b'{"query": 1, "product": ', b"query_id\tproduct_id\tlabel\n", b"query,docid,Ann\n",
+          b'{"query": 1, "candidates": [', b"id,title,category,price\n")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(ENDINGS), start=st.sampled_from(STARTS),
+       rest=st.binary(max_size=100) | st.text(alphabet='{}[]":,\t\n 01ab.$€', max_size=100).map(str.encode))
+def test_any_bytes_end_in_judgments_or_one_sentence(tmp_path, name, start, rest):
+    (tmp_path / name).write_bytes(start + rest)
+    for other in ("query.csv", "product.csv", "label.csv"):
+        if not (tmp_path / other).exists(): (tmp_path / other).write_text("query_id\tquery\n1\tlamp\n")
+    for read in (lambda path: list(read_judgments(path).judgments), lambda path: find_items(path, ["1", "a"]), read_queries):
+        try: read(tmp_path / name)
+        except BookError as error: assert len(str(error).replace(str(tmp_path), "")) < 320, error
+
+
 REFUSED = {
     "no scale": ("a.csv", "query,docid,title,rating\nlamp,A,Lamp,5\n", [], "nothing states their scale"),
     "off the scale": ("a.csv", "query,docid,rating\nlamp,A,2.67\n", ["--scale", "0-3"], "'2.67' (1 times) is not on the scale"),
@@ -216,7 +239,7 @@ REFUSED = {
     "no file": ("b.csv", "", [], "is empty"),
     "another shop's": ("a.csv", "query,docid,rating\nlamp,A,3\n", ["--products", "a.csv"], "of ids and one of titles"),
     "nobody rated": ("a.csv", "query,docid,title\nlamp,A,Lamp\n", [], "nobody rated any of 1 pairs; she-nb judge rates them"),
-    "a rating?": ("a.csv", "query,docid,title,stars\nlamp,A,Lamp,3\n", [], "--fields rating=NAME, or rating= if nobody rated"),
+    "a rating?": ("a.csv", "query,sku,title,stars\nlamp,A,Lamp,3\n", [], "--fields rating=NAME, or rating= if nobody rated"),
     "two questions": ("a.json", json.dumps([{"data": {"query": "a"}, "annotations": [{"result": [
         {"from_name": name, "value": {"rating": 3}} for name in ("fit", "tone")]}]}]), [], "as in --fields rating=fit"),
     "no products": ("a.csv", "query,docid,rating\nlamp,A,3\n", ["--products", "no.csv"], "check the path to the products")}

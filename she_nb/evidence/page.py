@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'NEXT', 'CSS', 'PAGE', 'CONTENTS', 'SO_FAR', 'samples_of', 'chains_block', 'byline', 'next_steps',
-           'run_facts', 'parameter_table', 'whole_page', 'sections', 'contents', 'page_parts', 'render_report',
-           'draft_report']
+           'run_facts', 'catalogue_words', 'parameter_table', 'whole_page', 'sections', 'contents', 'page_parts',
+           'render_report', 'draft_report']
 
 # %% ../../nbs/58_evidence.page.ipynb #8659f6ea
 import html
@@ -126,7 +126,16 @@ def run_facts(
              "Device": _each(runs, lambda r: r.get("device")), "Versions": ", ".join(versions),
              "Time of all runs": f"{sum(r.get('seconds', 0) for r in runs) / 60:.1f} min",
              "Peak memory": f"{max([r.get('peak_rss_mb') or 0 for r in runs], default=0) / 1024:.1f} GiB"}
+    if said := _each([r for r in runs if catalogue_words(r)], catalogue_words).strip("–"): facts["Catalogue"] = said
     return pd.DataFrame(facts.items(), columns=["Fact", "Value"])
+
+def catalogue_words(
+    record: dict,
+) -> str:  # empty for a record that says nothing of a user's catalogue
+    "What was read of a catalogue, and what was left out."
+    counts = {name.removeprefix("catalogue/"): value for name, value in record.get("metrics", {}).items()
+              if name.startswith("catalogue/")}
+    return "; ".join(f"{name} {value:,.0f}" for name, value in counts.items())
 
 # %% ../../nbs/58_evidence.page.ipynb #8a9626f1
 def parameter_table(
