@@ -196,16 +196,18 @@ def test_it_shows_its_health_and_refuses_in_one_sentence(address):
     with pytest.raises(OSError, match="400"): chat(address, "You judge.", "Is it good?")
 
 
-def test_veritail_can_ask_it(address, known):
-    client, judges, types = (pytest.importorskip(f"veritail.{name}") for name in ("llm.client", "llm.judge", "types"))
-    query, title = known
+def test_veritail_can_ask_it(address):
+    client, judges, types, form = (pytest.importorskip(f"veritail.{name}") for name in
+                                   ("llm.client", "llm.judge", "types", "rubrics.ecommerce_default"))
     model = client.create_llm_client("she-nb", base_url=f"{address}/v1", api_key="none")
     model.preflight_check()
-    said = judges.RelevanceJudge(model, "You judge.", lambda query, item, **_: f"## Search Query\n{query}\n\n## Product\n"
-                                 f"- **Title**: {item.title}\n- **In Stock**: Yes\n", "t")
-    judged = said.judge(query, types.SearchResult("A-17", title, "new", "", 0.0, 0))
-    assert judged.score in (0, 1, 2, 3) and judged.attribute_verdict in ("match", "partial", "mismatch", "n/a")
-    assert "asked: " in judged.reasoning
+    rater, judged = judges.RelevanceJudge(model, form.SYSTEM_PROMPT, form.format_user_prompt, "t"), []
+    for pair in asked(24):
+        try: judged.append(rater.judge(pair.query, types.SearchResult("A-17", pair.product.title, "new", "", 9.5, 0)))
+        except Exception as error: assert "could not be judged" in str(error)   # the small policy knows no prices
+    assert judged and {said.score for said in judged} <= {0, 1, 2, 3}
+    assert {said.attribute_verdict for said in judged} <= {"match", "partial", "mismatch", "n/a"}
+    assert all("asked: " in said.reasoning for said in judged)
 
 
 def test_mistakes_are_one_sentence(model, tmp_path):
@@ -214,6 +216,7 @@ def test_mistakes_are_one_sentence(model, tmp_path):
     refused(desk.run("judge", "case.csv", "-o", "j.jsonl"), "has left a policy")
     refused(desk.run("judge", "case.csv", "-o", "j.xlsx", "--model", model), "can't write .xlsx")
     refused(desk.run("judge", "case.csv", "-o", "j.jsonl", "--model", model), "give the products by --products")
+    refused(desk.run("judge", "case.csv", "-o", "j.jsonl", "--model", "nowhere"), "nowhere: holds no model")
     refused(desk.run("judge", "none.csv", "-o", "j.jsonl", "--model", model), "no such file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["case.csv"]
 

@@ -28,6 +28,8 @@ def chosen_model(
     named: str,  # by the user; empty takes the newest book's
 ) -> Path:
     "The folder of a policy."
+    if named and not Path(named, "config.json").is_file():
+        raise BookError(f"{named}: holds no model; name a folder such as work/book/train-srpo-s0, which she-nb book makes.")
     if named: return Path(named)
     try: work = Path(os.environ.get("SHE_NB_WORK") or root() / "work")
     except BookError: work = Path("work")
@@ -56,6 +58,7 @@ def open_judge(args):  # args: model, cal, order, rule, tier_rule, precision, an
     from she_nb.serving.judging import Judge
     logging.disable_progress_bar()
     stated = {name: getattr(args, name) for name in ("order", "rule", "tier_rule", "precision") if getattr(args, name)}
+    if getattr(args, "tier_only", False): stated["steps"] = False
     return folder, Judge.load(folder, scale, **calibration, **stated)
 
 # %% ../../nbs/69_serving.commands.ipynb #cm0010
@@ -211,7 +214,7 @@ def judge_command(args) -> int:  # exit code: 1 where too many failed
     from she_nb.serving.asking import census, rows_path, write_table
     most = share_of(args.max_failed, "--max-failed") if args.max_failed else 1
     if not args.dry_run and not args.output: raise BookError("-o is missing; name a .jsonl, .csv or .parquet for the judgments.")
-    output = Path(args.output or "judged.jsonl")
+    args.model, output = str(chosen_model(args.model)), Path(args.output or "judged.jsonl")
     lines, pairs = rows_path(output), file_pairs(args)
     counted = census(pairs(), args.file)
     if args.dry_run: return dry_run(pairs, counted, args)
@@ -262,7 +265,8 @@ FILE_OPTIONS = {"products": "items by id: CSV, TSV, JSONL or Parquet", "catalog"
                 "locale": "of ESCI: us, es or jp", "reuse": "rows that were judged before, .jsonl",
                 "max-failed": "share of failed pairs above which the exit code is 1"}
 PAIR_OPTIONS = {"query": "one query, with --title", "title": "one item's title", "brand": "its brand", "price": "its price"}
-FLAGS = {"only-holes": "only pairs that nobody rated", "retry-failed": "judge again what failed before",
+FLAGS = {"only-holes": "only pairs that nobody rated",
+         "tier-only": "leave out the steps of a policy that answers first", "retry-failed": "judge again what failed before",
          "dry-run": "count, measure the speed, and write nothing"}
 
 def add_judge(commands) -> None:  # of argparse
