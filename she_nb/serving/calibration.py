@@ -181,13 +181,15 @@ LEAST_MATRIX = {"labelled pairs": 100, RAREST: 10}         # for the matrix (our
 def choose_method(
     y: np.ndarray,
     queries: Sequence[str],
+    failed: int = 0,  # rated pairs more, that the judge could not judge
 ) -> str:    # a key of METHODS
     "The method that so many labels can bear; BookError where they bear none."
     counts = {"labelled pairs": len(y), "queries": len(set(queries)), RAREST: int(min(np.bincount(y)))}
     if not y.any(): raise BookError("all labels are one rating; a calibration needs two, so rate pairs that people find bad too.")
     if few := next((name for name, least in LEAST.items() if counts[name] < least), None):
-        raise BookError(f"a calibration needs {LEAST[few]} {few} that the judge judged too, and there are {counts[few]}; "
-                        "rate more, as she-nb sample picks them.")
+        raise BookError(f"a calibration needs {LEAST[few]} {few} that the judge judged too, and there are {counts[few]}"
+                        + f" ({failed:,} more were rated, and the judge failed)" * bool(failed)
+                        + "; rate more, as she-nb sample picks them.")
     return "matrix" if all(counts[name] >= least for name, least in LEAST_MATRIX.items()) else "cuts"
 
 # %% ../../nbs/67_serving.calibration.ipynb #cl0027
@@ -350,7 +352,7 @@ def calibrate(
 ) -> Calibrated:
     "Learn what a judge's probabilities mean."
     p, y, queries, weights, tiers = joined.p, joined.y, joined.queries, joined.weights, joined.tiers
-    method = method or choose_method(y, queries)
+    method = method or choose_method(y, queries, joined.failed)
     before, after = tempered(p, {"temperature": 1.0}, tiers), held_out(method, p, y, queries, weights, tiers)
     table = measure_table({"before": before, "after": after}, y, queries, weights)
     places, cuts = {rating.lower(): place for place, rating in enumerate(tiers)}, {}

@@ -242,7 +242,7 @@ class Exported:
     "What was written."
     paths: list[Path]
     form: Form
-    ratings: Counter        # rating -> pairs
+    ratings: dict[str, int] # rating -> pairs, the best first
     holes: Counter          # status -> rows without a rating
     merged: Counter         # as of `merged`
     scale: str
@@ -293,7 +293,8 @@ def export_rows(
     paths = [atomic_write(path, text) for path, text in texts]
     own = next((str(one.row["scale"]) for one in rated if one.row.get("scale")), "as judged")
     named = own if calibrated or not scale else scale.name
-    return Exported(paths, form, Counter(one.rating for one in filled if one.rating), statuses, counts, named)
+    found = Counter(one.rating for one in filled if one.rating)
+    return Exported(paths, form, {rating: found[rating] for rating in (*told.ratings, *found)}, statuses, counts, named)
 
 def ratings_of(
     rows: list[Rated],
@@ -309,10 +310,9 @@ def ratings_of(
 # %% ../../nbs/67_serving.exchange.ipynb #ex0036
 def exported_words(done: Exported) -> str:
     "What the command prints."
-    ratings = sorted(done.ratings.items(), key=lambda item: (number_like(item[0]) and -float(item[0]), item[0]))
-    shares = ", ".join(f"{count:,} of {rating}" for rating, count in ratings)
+    shares = ", ".join(f"{count:,} of {rating}" for rating, count in done.ratings.items())
     lines = [("written", f"{done.form.title}: {', '.join(map(str, done.paths))}"),
-             ("rated", f"{done.ratings.total():,} pairs on the scale {done.scale}: {shares}" if shares else "no pair")]
+             ("rated", f"{sum(done.ratings.values()):,} pairs on the scale {done.scale}: {shares}")]
     holes = ", ".join(f"{count:,} {status}" for status, count in done.holes.items())
     if holes: lines.append(("not rated", f"{holes}; they {done.form.holes}"))
     lines += [("merged", f"{count:,} {reason}") for reason, count in done.merged.items()]
