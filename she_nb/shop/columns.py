@@ -62,21 +62,24 @@ SYSTEMS = {
                       details="additionalattributes", rows="views"),
     "Magento 1": dict(has="sku attributeset rootcategory", id="sku", title="name", category="category", paths="/"),
     "PrestaShop": dict(has="productid namename|name categoriesxyz|categoriesxyzz", title="name", category="categoriesxyz",
-                       lists=",", price="pricetaxincl|pricetaxexcl|price|finalprice", details="featurenamevaluepositioncustomized|"
+                       lists=",", price="pricetaxincl|pricetaxexcl|price|finalprice",
+                           details="featurenamevaluepositioncustomized|"
                        "featurenamevalueposition|featurenamevaluepositioncustomised"),
     "Squarespace": dict(has="optionname1 optionvalue1 categories", title="title", group="productidnoneditable|productid",
                         id="variantidnoneditable|sku", category="categories", lists=",", paths="/",
                         options="optionname{}=optionvalue{}", rows="variants"),
     "BigCommerce": dict(has="itemtype productname category", id="productid", title="productname", category="category", paths="/",
                         brand="brandname", lists=";", rows="products"),
-    "Wix": dict(has="handleid fieldtype collection", id="sku", title="name", group="handleid", category="collection", lists=";", rows="families",
+    "Wix": dict(has="handleid fieldtype collection", id="sku", title="name", group="handleid", category="collection", lists=";",
+                rows="families",
                 options="productoptionname{}=productoptiondescription{}"),
 }
 
 # %% ../../nbs/11_shop.columns.ipynb #c008
 DATASETS = {
     "Google Merchant": dict(has="title googleproductcategory|availability link|imagelink|productlink|price", id="id",
-                            group="itemgroupid", category="producttype|googleproductcategory|fbproductcategory|category", details="productdetail"),
+                            group="itemgroupid", category="producttype|googleproductcategory|fbproductcategory|category",
+                                details="productdetail"),
     "Etsy": dict(has="title currencycode materials|tags|taxonomypath", category="category|taxonomypath|section",
                  currency="currencycode", options="variation{}type=variation{}values", attributes="material=materials"),
     "Flipkart": dict(has="productname productcategorytree", id="uniqid|pid", title="productname", category="productcategorytree",
@@ -129,7 +132,8 @@ ROLES = {
                 "kategori 類目 类目 分类 商品分类 类别 分類 カテゴリ カテゴリー 商品カテゴリ 카테고리 分类路径",
     "brand": "brand brandname productbrand vendor manufacturer brands make maker store label marke hersteller marque fabricant "
              "marca fabricante merk марка бренд производитель marka producent 品牌 ブランド メーカー 브랜드",
-    "price": "price pricevat productprice regularprice variantprice saleprice sellingprice currentprice finalprice discountedprice "
+    "price": "price pricevat productprice regularprice variantprice saleprice sellingprice currentprice finalprice "
+                 "discountedprice "
              "listprice retailprice priceusd priceeur actualprice unitprice amount originalprice initialprice mrp preis "
              "verkaufspreis bruttopreis prix prixttc precio preço preco prezzo prijs цена cena fiyat fiyatı 价格 售价 価格 "
              "値段 가격",
@@ -352,7 +356,8 @@ def read_mapping(path: str | Path) -> Mapping:
         if not isinstance(value, kinds[name]) or not all(isinstance(text, str) for text in texts):
             raise BookError(f"{path}: {name} is no {'table of texts' if kinds[name] is dict else 'text'}; write the names of "
                             f"columns.")
-    for name, allowed in {"decimal": ("", ".", ","), "rows": ("", "variants", "families", "parents", "views", "products")}.items():
+    rows = ("", "variants", "families", "parents", "views", "products")
+    for name, allowed in {"decimal": ("", ".", ","), "rows": rows}.items():
         if said.get(name, "") not in allowed: raise BookError(f"{path}: {name} = {said[name][:30]!r} is none of "
                                                               f"{', '.join(allowed[1:])}.")
     return Mapping(**said)

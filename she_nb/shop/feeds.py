@@ -281,7 +281,8 @@ def variant_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
 # %% ../../nbs/11_shop.feeds.ipynb #fam2
 def see_family(feed: Feed, row: dict) -> None:
     "Remember which products have variants."
-    if str(row.get(feed.columns.get("fieldtype"))).lower() == "variant": feed.children[name_of(row.get(feed.mapping.group))] = True
+    if str(row.get(feed.columns.get("fieldtype"))).lower() == "variant":
+        feed.children[name_of(row.get(feed.mapping.group))] = True
 
 def surcharged(feed: Feed, row: dict, price: float | None) -> float | None:
     "What a variant costs: its product's price and what it adds to it."
@@ -352,4 +353,5 @@ def product_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
             feed.reading.skipped["rows of variants and rules"] += 1
         else: yield number, row if isinstance(row, BookError) else finished(feed, fields_of(feed, row))
 
-ROWS = {"": plain_rows, "variants": variant_rows, "families": family_rows, "parents": woo_rows, "views": magento_rows, "products": product_rows}
+ROWS = {"": plain_rows, "variants": variant_rows, "families": family_rows, "parents": woo_rows, "views": magento_rows,
+        "products": product_rows}

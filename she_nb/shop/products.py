@@ -274,7 +274,8 @@ def read_products(
     products, bad = check_rows(feed, allowed)
     reading = feed.reading
     if not reading.rows: raise BookError(f"{path}: is empty; a catalogue has one product a row.")
-    if not products and not bad: raise BookError(f"{path}: holds no product, but {named_counts(reading.skipped)}{unfilled(reading)}.")
+    if not products and not bad:
+        raise BookError(f"{path}: holds no product, but {named_counts(reading.skipped)}{unfilled(reading)}.")
     if len(bad) > skip_bad * reading.rows: raise_row_errors(str(path), reading.rows, bad)
     reading.bad, reading.products = bad, len(products)
     return products, reading
