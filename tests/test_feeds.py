@@ -143,6 +143,58 @@ def test_formats_are_told_by_content(tmp_path):
     assert recognise(read_table(tmp_path / "c")).layout == "our own form"
 
 
+def test_template_with_comments_above_its_header(shop):
+    text = ("# Required | A title, in words,# Optional | Its category,# Required | The price; see the help\n"
+            "title,google_product_category,price\nMug,Home > Mugs,3.00 USD\n")
+    assert shop(text)[0][0].category == ("home", "mugs")
+
+
+def test_rows_whose_quotes_break_are_named_and_left_out(shop):
+    text = 'title,category\n' + 'mug,home > mugs\n' * 98 + '"Ann" mug,home > mugs\n"9"" plate",home > plates\n'
+    with pytest.raises(BookError, match="1 of 100 rows are|1 of 100 rows is bad: row 99, is broken"): shop(text)
+    assert len(shop(text, skip_bad=.01)[0]) == 99
+
+
+def test_lists_of_attributes_of_many_systems(shop):
+    lists = ["Color:Red:1:0,Size:S:2:0", "General:Color:Red,Fit:Size:S", "Color: Red; Size: S", "color: Red, size: S",
+             "Color:Red|Size:S|#12 in Mugs"]
+    rows = "".join(f'mug {k},home > mugs,"{text}"\n' for k, text in enumerate(lists))
+    for product in shop(f"title,category,product_features\n{rows}")[0]:
+        assert product.attributes["color"] == ("red",) and product.attributes["size"][0] == "s"
+
+
+def test_an_empty_category_names_the_mend(shop):
+    with pytest.raises(BookError, match="fill 'Type', or say in a mapping"):
+        shop("Handle,Title,Type,Vendor,Option1 Name,Option1 Value,Variant SKU,Variant Price\nm,Mug,,A,Title,Default Title,,3\n")
+
+
+ROWS = b"title,category\n" + b"mug,home > mugs\n" * 60
+PACKED = {"garbage.csv.gz": b"\x1f\x8bgarbage", "cut.csv.gz": gzip.compress(ROWS)[:-9],
+          "line.csv.gz": gzip.compress(b"a" * 9_000_000),
+          "rows.csv.gz": gzip.compress(ROWS * 9000), "blanks.json.gz": gzip.compress(b"[" + b" " * 9_000_000),
+          "deep.json.gz": gzip.compress(b"[" * 900_000), "twice.csv.gz": gzip.compress(gzip.compress(ROWS)),
+          "half.csv": ROWS.decode().encode("utf-16")[:-1], "mixed.csv": ROWS.decode().encode("utf-16") + ROWS,
+          "bare.csv": ROWS.decode().encode("utf-16-le"), "garbage.parquet": b"PAR1garbagePAR1", "open.json": b'{"a":' * 50_000,
+          "bomb.xml": b'<!DOCTYPE a [<!ENTITY b "c"><!ENTITY d "&b;&b;">]><a><item><t>&d;</t></item></a>',
+          "nul.csv": b"\0" * 9999}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_bombs_and_halves_end_in_a_sentence(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(PACKED[name])
+    with pytest.raises(BookError) as caught: read_products(path, skip_bad=.5)
+    assert len(str(caught.value).removeprefix(str(path))) < 300
+
+
+@pytest.mark.parametrize("parts", [{"a.csv": ROWS, "b.jsonl": b"{}"}, {"a.csv": ROWS, "b.csv": b"x,y\n1,2\n"}, {},
+                                   {"a.csv.gz": gzip.compress(ROWS), "b.csv.gz": b"\x1f\x8b"},
+                                   {"a.csv": ROWS, "b.csv": b"\xff\xfe"}])
+def test_folders_of_mixed_parts_end_in_a_sentence(tmp_path, parts):
+    for name, data in parts.items(): (tmp_path / name).write_bytes(data)
+    with pytest.raises(BookError): read_products(tmp_path, skip_bad=.5)
+
+
 def seeds():
     "Small files of every kind."
     rows = [{"title": "Mug, blue", "category": "Home > Mugs", "price": "1.299,00 €", "attributes": '{"a": "b"}'}] * 3

@@ -34,3 +34,14 @@ def test_the_command_starts_fast_and_without_torch(wheel):
 def test_outside_the_book_one_sentence_says_what_is_missing(wheel):
     refused(python(wheel, "-m", "she_nb.book.cli", "book"), "run she-nb inside the book's folder")
     assert "ablations" in python(wheel, "-m", "she_nb.book.cli", "--help").stdout
+
+
+def test_the_judge_works_outside_the_book(wheel, policy, tokenizer, tmp_path):
+    from she_nb.serving.card import write_card
+    for part in (policy, tokenizer): part.save_pretrained(tmp_path)
+    write_card(tmp_path, {"order": "think_first", "rule": "brief", "max_completion": 48}, stage="sft")
+    (tmp_path / "case.csv").write_text("query,docid,title,rating\nred boots,A,red boots,\nblue mug,B,red mug,\n")
+    words = "-m", "she_nb.book.cli", "judge", tmp_path / "case.csv", "-o", tmp_path / "judged.csv", "--model", tmp_path
+    done = python(wheel, *map(str, words))
+    assert done.returncode == 0 and "rows      2: 2 judged now" in done.stdout, done.stderr
+    assert len((tmp_path / "judged.csv").read_text().splitlines()) == 3

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABEL_OPTIONS', 'kill_children', 'watch_parent', 'locked', 'check_space', 'check_book', 'snakemake', 'Progress',
-           'run_book', 'render', 'share_of', 'run_command', 'list_runs', 'settings_command', 'add_label_options',
-           'labels_command', 'add_labels', 'stage_command', 'check_record', 'outputs_command', 'site_command',
-           'pairs_command', 'add_pairs', 'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser',
-           'parser', 'main']
+           'run_book', 'render', 'run_command', 'list_runs', 'settings_command', 'labels_command', 'add_labels',
+           'stage_command', 'check_record', 'outputs_command', 'site_command', 'pairs_command', 'add_pairs',
+           'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser', 'parser', 'main']
 
 # %% ../../nbs/80_book.cli.ipynb #a4591afe
 import argparse
@@ -30,6 +29,8 @@ from .kernels import warm
 from .records import digest, parameters_of, read_record
 from .settings import SETTING_TYPES, presets, settings_table
 from .stages import StageError, declared, run_stage, stage_notebook
+from ..serving.commands import add_judge, add_serve, share_of
+from ..serving.tools import READING_OPTIONS, add_agree, add_calibrate, add_export, add_measure, add_options, add_sample
 from ..task import BookError, atomic_write, root
 
 # %% ../../nbs/80_book.cli.ipynb #13c52d2e
@@ -203,16 +204,6 @@ def render(
     from she_nb.evidence.page import render_report
     render_report(Path(notebook), Path(reports))
 
-# %% ../../nbs/80_book.cli.ipynb #feedshare1
-def share_of(
-    text: str,  # "1%" or "0.01"
-) -> float:     # from 0 to below 1
-    "The share of the rows that `--skip-bad` names."
-    try: share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError: share = -1
-    if not 0 <= share < 1: raise BookError(f"--skip-bad {text[:20]} is no share of the rows; write 1% or 0.01.")
-    return share
-
 # %% ../../nbs/80_book.cli.ipynb #79ca4ca4
 def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, force, work, reports, p, studies
     "`she-nb book` and `she-nb ablations` (ours)."
@@ -258,15 +249,7 @@ def settings_command(args) -> None:  # args: preset
     print(settings_table(root() / "settings.ini", args.preset, width))
 
 # %% ../../nbs/80_book.cli.ipynb #lab0002
-LABEL_OPTIONS = {"products": "items of the labels: the export of any shop, by any of its ids",
-                 "queries": "texts of their queries, by id",
-                 "fields": "columns of a table of labels: query=q,doc_id=sku,rating=stars",
-                 "scale": "what their ratings mean: tiers, 0-3, 0-4, 1-5, binary, esci, wands, or 2=4,1=2,0=1",
-                 "locale": "of ESCI: us, es or jp"}
-
-def add_label_options(command) -> None:  # of argparse
-    "How people's labels are read."
-    for name, text in LABEL_OPTIONS.items(): command.add_argument(f"--{name}", default="", help=text)
+LABEL_OPTIONS = {"products": "items of the labels: the export of any shop, by any of its ids"} | READING_OPTIONS
 
 def labels_command(args) -> None:  # args: file, catalog, output, and LABEL_OPTIONS
     "`she-nb labels`: what a file of labels says, and its pairs (ours)."
@@ -289,7 +272,7 @@ def add_labels(commands) -> None:  # of argparse
     command.add_argument("file", help="of Quepid, OpenSearch, Elasticsearch, Label Studio, TREC, ESCI, WANDS, ...: or any table")
     command.add_argument("--catalog", default="", help="your catalogue, whose items the labels name")
     command.add_argument("-o", "--output", default="", help="write the pairs to this file, as JSONL")
-    add_label_options(command)
+    add_options(command, LABEL_OPTIONS)
     command.set_defaults(run=labels_command)
 
 # %% ../../nbs/80_book.cli.ipynb #acbaf49f
@@ -458,7 +441,7 @@ def parser() -> Parser:
         for folder in ("work", "reports"):
             command.add_argument(f"--{folder}", default="", help=f"use this folder as {folder}/")
     commands.choices["book"].add_argument("--labels", default="", help="people's labels, to train on and to be judged by")
-    add_label_options(commands.choices["book"])
+    add_options(commands.choices["book"], LABEL_OPTIONS)
     stage = commands.add_parser("stage", help="run one stage notebook", description="run one stage notebook")
     stage.set_defaults(run=stage_command)
     stage.add_argument("stage", help="data, sft, dpo, judge, ask, select, train, evaluate, ... or a study")
@@ -471,6 +454,7 @@ def parser() -> Parser:
     add_catalog(commands)
     add_pairs(commands)
     add_labels(commands)
+    for add in (add_judge, add_agree, add_calibrate, add_export, add_measure, add_sample, add_serve): add(commands)
     add_pages(commands)
     *first, last = commands.choices
     commands.metavar = f"{', '.join(first)} or {last}"
@@ -483,8 +467,7 @@ def main(
     "The command `she-nb`: every failure is one sentence (ours)."
     try:
         args = parser().parse_args(argv)
-        args.run(args)
-        return 0
+        return args.run(args) or 0
     except KeyboardInterrupt: code, text = 130, "Interrupted; the same command goes on from here."
     except (BookError, StageError) as error: code, text = (2 if isinstance(error, BookError) else 1), str(error)
     except BrokenPipeError:  # `she-nb settings | head` has seen enough

@@ -25,6 +25,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..serving.card import write_card
 from ..task import BookError, atomic_write, root
 
 # %% ../../nbs/72_book.records.ipynb #26ebde04
@@ -271,7 +272,10 @@ class Recorder:
         seconds = round(max(time.perf_counter() - self.began, spent), 2)
         record = Record(self.stage, self.arm, self.seed, self.preset, self.parameters, metrics, seconds, peak_rss_mb(),
                         device or device_name(), *self.code, package_versions())
-        if (self.out / "config.json").is_file(): atomic_write(self.out / "README.md", model_card(record))
+        if (self.out / "config.json").is_file():
+            atomic_write(self.out / "README.md", model_card(record))
+            origin = {name: getattr(record, name) for name in ("stage", "arm", "seed", "preset", "commit", "dirty", "versions")}
+            write_card(self.out, record.parameters, **origin)
         atomic_write(self.out / "done", digest(self.parameters) + "\n")
         write_record(record, self.record)
         return record

@@ -170,7 +170,7 @@ def middle_of(
     place = np.maximum((count - 1) // 2, 0)
     return np.where(count > 0, ordered[np.arange(len(tiers)), place], np.nan)
 
-ABOVE = "judge minus people"  # the last row of a ceiling: means over raters
+ABOVE = "mean of raters"  # the last row of a ceiling
 
 def ceiling(
     raters: pd.DataFrame,  # one row a pair: query, one column a rater with tiers or NaN, and judge

@@ -14,12 +14,14 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import yaml
 
-from .judging import Asked, Judge, judge_rows, stated_product
+from .judging import Judge, judge_rows
+from .judgment import Asked, stated_product
 from ..task import BookError
 
 # %% ../../nbs/64_serving.serve.ipynb #sv0005
@@ -33,7 +35,8 @@ class Call:
 def explained(row: dict) -> str:
     "The five steps in one text."
     steps = (row["asked"], row["item"], row["category"], row["attributes"], f"{row['tier']} {row['tier_name']}")
-    return " | ".join(f"{name}: {text}" for name, text in zip(("asked", "item", "category", "wishes", "tier"), steps, strict=True))
+    named = zip(("asked", "item", "category", "wishes", "tier"), steps, strict=True)
+    return " | ".join(f"{name}: {text}" for name, text in named if text)
 
 # %% ../../nbs/64_serving.serve.ipynb #sv0006
 TITLES = ("title", "product_title", "product_name", "name")
@@ -102,7 +105,8 @@ def veritail_call(text: str, request: dict) -> Call | None:
     "A request of veritail."
     found = VERITAIL.fullmatch(text)
     if not found: return None
-    fields = {field["name"]: field["value"] for field in FIELD.finditer(found["fields"])}
+    fields: dict = {}
+    for field in FIELD.finditer(found["fields"]): fields.setdefault(field["name"], field["value"])   # a description may forge it
     def write(rows):
         row = rows[0]
         none, wrong, open_ = not (row["matched"] + row["contradicted"] + row["unknown"]), row["contradicted"], row["unknown"]
@@ -148,20 +152,24 @@ class Batcher:
         waiting: int = 4096,   # requests in the queue at most
     ):
         self.judge, self.batch, self.judged = judge, batch, 0
+        self.gate, self.closed = threading.Lock(), False
         self.queue = queue.Queue(waiting)
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def rows(self, asked: list[Asked]) -> list[dict]:
-        "Judged rows, when their turn has come; queue.Full where too many wait."
+        "Judged rows, when their turn has come; queue.Full where too many wait, or the judge is about to end."
         place = {"asked": asked, "done": threading.Event()}
-        self.queue.put_nowait(place)
+        with self.gate:
+            if self.closed: raise queue.Full
+            self.queue.put_nowait(place)
         place["done"].wait()
         if "error" in place: raise place["error"]
         return place["rows"]
 
     def close(self):
         "Finish what waits, then stop."
+        with self.gate: self.closed = True
         self.queue.put(None)
         self.thread.join()
 
@@ -231,6 +239,11 @@ from fastcore.basics import patch
 
 @patch
 def do_POST(self: Handler):
+    with self.server.counted(): self.answer()
+
+@patch
+def answer(self: Handler) -> None:
+    "Judge what a chat request asks."
     if self.foreign(): return self.refuse(403, "This judge answers to 127.0.0.1 and localhost alone.")
     if self.path.rstrip("/") not in ("/v1/chat/completions", "/chat/completions"):
         return self.refuse(404, f"There is no {self.path[:60]}; post to /v1/chat/completions.")
@@ -244,7 +257,7 @@ def do_POST(self: Handler):
         rows = self.server.batcher.rows(call.asked)
     except (ValueError, RecursionError) as error:  # BookError is one
         return self.refuse(400, str(error) if isinstance(error, BookError) else "The request is not JSON.")
-    except queue.Full: return self.refuse(503, "Too many requests wait; try again.", **{"Retry-After": "1"})
+    except queue.Full: return self.refuse(503, "Too many requests wait, or the judge ends; try again.", **{"Retry-After": "1"})
     except Exception as error: return self.refuse(500, f"The model failed: {type(error).__name__}.")
     failed = next((row["status"] for row in rows if not row["tier"]), "")
     if failed and not call.partial: return self.refuse(422, f"This pair could not be judged ({failed}).")
@@ -270,10 +283,21 @@ class Server(ThreadingHTTPServer):
         self.name, self.card = name, card
         try: super().__init__((host, port), Handler)
         except OSError as error: raise BookError(f"{host}:{port}: {error.strerror}; choose another --port or --host.") from None
-        self.batcher = Batcher(judge)
+        self.batcher, self.open, self.idle = Batcher(judge), 0, threading.Condition()
 
-    def close(self):
+    @contextmanager
+    def counted(self):
+        "A request that is being answered."
+        with self.idle: self.open += 1
+        try: yield
+        finally:
+            with self.idle:
+                self.open -= 1
+                self.idle.notify_all()
+
+    def close(self, patience: float = 10):  # seconds for the last answers to be sent
         "Answer what waits, then stop."
         self.shutdown()
         self.batcher.close()
+        with self.idle: self.idle.wait_for(lambda: not self.open, patience)
         self.server_close()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['UNSPACED', 'WORD', 'APOSTROPHE', 'phrase', 'SAYS_NOTHING', 'GLUE', 'LIST_MARK', 'LETTER', 'BEFORE', 'AFTER', 'DENIAL',
            'IDENTIFIERS', 'CODE', 'YES', 'NO', 'SAME_WORD', 'DIMENSIONS', 'ENDING', 'INCLUSIVE', 'stem', 'OPEN_NAMES',
-           'folded', 'padded_words', 'spelling_key', 'list_parts', 'known_parts', 'column_meanings', 'is_short',
-           'sure_words', 'says', 'without_phrases', 'names_products', 'wishable', 'askable', 'stem_of', 'stems',
-           'parts_of_measure', 'excludes', 'grams', 'spoken_values', 'says_another', 'open_attributes', 'says_most',
-           'same_dimension', 'doubtful']
+           'VAGUE', 'folded', 'padded_words', 'spelling_key', 'list_parts', 'known_parts', 'column_meanings',
+           'is_short', 'sure_words', 'says', 'without_phrases', 'names_products', 'wishable', 'askable', 'stem_of',
+           'stems', 'parts_of_measure', 'excludes', 'grams', 'spoken_values', 'says_another', 'open_attributes',
+           'says_most', 'same_dimension', 'doubtful', 'misstated', 'mentions']
 
 # %% ../../nbs/12_shop.attributes.ipynb #a002
 import re
@@ -167,8 +167,8 @@ def wishable(
             and not any(map(CODE.fullmatch, words)))
 
 # %% ../../nbs/12_shop.attributes.ipynb #a028
-YES = frozenset(("yes", "true", "ja", "oui", "sí", "si", "да", "是"))
-NO = frozenset(("no", "false", "nein", "non", "нет", "否"))
+YES = frozenset(("yes", "true", "ja", "oui", "sí", "si", "sim", "tak", "ano", "evet", "да", "是", "はい", "예"))
+NO = frozenset(("no", "false", "nein", "nee", "nej", "non", "não", "nie", "ne", "hayır", "нет", "否", "いいえ", "아니오"))
 
 def askable(
     name: str,        # of an attribute
@@ -318,3 +318,26 @@ def doubtful(
     if says_most(value, text, known): return True
     if stated: return is_open or not all(excludes(value, other) for other in stated)
     return says_another(grams(text), spoken, known) or same_dimension(value, text)
+
+# %% ../../nbs/12_shop.attributes.ipynb #a044
+def misstated(
+    stated: tuple[str, ...],  # an item's values of one attribute
+    title: str,               # from `stems`
+    category: str,            # its name
+    spoken: frozenset[str],   # from `spoken_values`
+) -> bool:
+    "Whether a title says another value and nothing of the stated ones."
+    words = set(stems(" ".join(stated)).split())
+    return words.isdisjoint(title.split()) and says_another(grams(title), spoken, stems(f"{category} {' '.join(stated)}"))
+
+VAGUE = frozenset(stems("type name number level form content item product variety value style model other special general "
+                        "use main sub of is has with and the for net").split())
+
+def mentions(
+    name: str,      # of an attribute that an item does not state
+    title: str,     # from `stems`
+    category: str,  # its name
+) -> bool:
+    "Whether a title speaks of an attribute in words of its name."
+    words = set(stems(name).split()) - VAGUE - set(stems(category).split())
+    return any(len(word) > 2 and f" {word} " in title for word in words)

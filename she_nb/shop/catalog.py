@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTION_MARK', 'SAMPLE', 'LEAST_PRODUCTS', 'LEAST_CATEGORIES', 'Lexicon', 'plain_level', 'unique_leaves', 'terciles',
            'band_of', 'stated_values', 'unsaid_values', 'item_text', 'BrandFact', 'brand_fact', 'variant_title',
-           'variant_groups', 'value_counts', 'tidy_products', 'finalize_products', 'Columns', 'Catalog', 'brand_facts',
-           'makers', 'word_meanings', 'load_catalog', 'load_lexicon', 'embedded']
+           'variant_groups', 'value_counts', 'one_name', 'renamed', 'tidy_products', 'finalize_products', 'Columns',
+           'Catalog', 'brand_facts', 'makers', 'word_meanings', 'load_catalog', 'load_lexicon', 'embedded']
 
 # %% ../../nbs/12_shop.catalog.ipynb #c002
 import json
@@ -25,6 +25,8 @@ from she_nb.shop.attributes import (
     doubtful,
     folded,
     is_short,
+    mentions,
+    misstated,
     open_attributes,
     padded_words,
     phrase,
@@ -187,11 +189,37 @@ def value_counts(
             for value in values: columns[name][value] += 1
     return dict(columns)
 
+# %% ../../nbs/12_shop.catalog.ipynb #t071n
+def one_name(
+    names: dict[str, int],  # attribute -> products that state it
+) -> dict[str, str]:        # attribute -> the one that it is called, where that is another
+    "Names that are one but for spelling and plural: the more frequent."
+    chosen = {}
+    for name in sorted(names, key=lambda name: (-names[name], name)): chosen.setdefault(stems(name), name)
+    return {name: chosen[stems(name)] for name in names if chosen[stems(name)] != name and stems(name).strip()}
+
+def renamed(
+    product: Product,
+    names: dict[str, str],  # from `one_name`
+) -> Product:
+    "A product whose attributes have the names that its catalogue has for them."
+    if names.keys().isdisjoint(product.attributes): return product
+    attributes = {}
+    for name, values in product.attributes.items():
+        name = names.get(name, name)
+        attributes[name] = tuple(dict.fromkeys(attributes.get(name, ()) + values))
+    return replace(product, attributes=attributes)
+
+# %% ../../nbs/12_shop.catalog.ipynb #t071t
 def tidy_products(
     products: list[Product],
 ) -> list[Product]:
     "Products whose values are as their columns show them: placeholders dropped, lists cut, spellings made one."
-    meanings = {name: meaning for name, counts in value_counts(products).items()
+    columns = value_counts(products)
+    if names := one_name({name: counts.total() for name, counts in columns.items() if name != "brand"}):
+        products = [renamed(product, names) for product in products]
+        columns = value_counts(products)
+    meanings = {name: meaning for name, counts in columns.items()
                 if (meaning := column_meanings(counts, name != "brand"))}
     def tidy(name, values):
         meaning = meanings.get(name, {})
@@ -253,7 +281,10 @@ class Columns:
     def doubts(self, name: str, value: str, product: Product) -> bool:
         "Whether a product may have a value that it does not state, by its text and its other values."
         stated, spoken = stated_values(product).get(name, ()), self.spoken.get(name, frozenset())
-        return doubtful(value, stated, stems(product.text), product.category[-1], spoken, name in self.open_names)
+        title, category, is_open = stems(product.title), product.category[-1], name in self.open_names
+        if value in stated: return not is_open and name != "brand" and misstated(stated, title, category, spoken)
+        if not stated and mentions(name, title, category): return True
+        return doubtful(value, stated, stems(product.text), category, spoken, is_open)
 
 # %% ../../nbs/12_shop.catalog.ipynb #c072
 @dataclass

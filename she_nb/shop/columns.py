@@ -38,7 +38,7 @@ class Mapping:
     lists: str = ""                 # between several paths of a cell
     root: str = ""                  # first level that every path has, left out
     decimal: str = ""               # decimal mark of the prices; "" is told from the column
-    rows: str = ""                  # "variants", "parents", "views" or "products": what a row is, see the next chapter
+    rows: str = ""                  # what a row is, one of ROWS in the next chapter: "variants", "families", ...
     attributes: dict[str, str] = field(default_factory=dict)  # attribute -> its column
     options: dict[str, str] = field(default_factory=dict)     # column of names -> column of values
 
@@ -62,20 +62,24 @@ SYSTEMS = {
                       details="additionalattributes", rows="views"),
     "Magento 1": dict(has="sku attributeset rootcategory", id="sku", title="name", category="category", paths="/"),
     "PrestaShop": dict(has="productid namename|name categoriesxyz|categoriesxyzz", title="name", category="categoriesxyz",
-                       lists=","),
+                       lists=",", price="pricetaxincl|pricetaxexcl|price|finalprice",
+                           details="featurenamevaluepositioncustomized|"
+                       "featurenamevalueposition|featurenamevaluepositioncustomised"),
     "Squarespace": dict(has="optionname1 optionvalue1 categories", title="title", group="productidnoneditable|productid",
                         id="variantidnoneditable|sku", category="categories", lists=",", paths="/",
                         options="optionname{}=optionvalue{}", rows="variants"),
     "BigCommerce": dict(has="itemtype productname category", id="productid", title="productname", category="category", paths="/",
                         brand="brandname", lists=";", rows="products"),
     "Wix": dict(has="handleid fieldtype collection", id="sku", title="name", group="handleid", category="collection", lists=";",
-                options="productoptionname{}=productoptiondescription{}", rows="variants"),
+                rows="families",
+                options="productoptionname{}=productoptiondescription{}"),
 }
 
 # %% ../../nbs/11_shop.columns.ipynb #c008
 DATASETS = {
     "Google Merchant": dict(has="title googleproductcategory|availability link|imagelink|productlink|price", id="id",
-                            group="itemgroupid", category="producttype|googleproductcategory|category", details="productdetail"),
+                            group="itemgroupid", category="producttype|googleproductcategory|fbproductcategory|category",
+                                details="productdetail"),
     "Etsy": dict(has="title currencycode materials|tags|taxonomypath", category="category|taxonomypath|section",
                  currency="currencycode", options="variation{}type=variation{}values", attributes="material=materials"),
     "Flipkart": dict(has="productname productcategorytree", id="uniqid|pid", title="productname", category="productcategorytree",
@@ -102,6 +106,8 @@ DATASETS = {
                       price="saleprice|marketprice"),
     "Yandex market": dict(has="categoryid category vendor|name", title="name|model", brand="vendor", details="param", id="id",
                           group="groupid"),
+    "Heureka": dict(has="product|productname categorytext pricevat|price", title="productname|product", category="categorytext",
+                    brand="manufacturer", price="pricevat|price", id="itemid", group="itemgroupid", details="param", paths="|"),
     "Awin": dict(has="awproductid productname", id="awproductid",
                  category="merchantcategory|merchantproductcategorypath|categoryname", brand="brandname",
                  price="searchprice|storeprice", attributes="color=colour size=fashionsize"),
@@ -126,7 +132,8 @@ ROLES = {
                 "kategori 類目 类目 分类 商品分类 类别 分類 カテゴリ カテゴリー 商品カテゴリ 카테고리 分类路径",
     "brand": "brand brandname productbrand vendor manufacturer brands make maker store label marke hersteller marque fabricant "
              "marca fabricante merk марка бренд производитель marka producent 品牌 ブランド メーカー 브랜드",
-    "price": "price pricevat regularprice variantprice saleprice sellingprice currentprice finalprice discountedprice "
+    "price": "price pricevat productprice regularprice variantprice saleprice sellingprice currentprice finalprice "
+                 "discountedprice "
              "listprice retailprice priceusd priceeur actualprice unitprice amount originalprice initialprice mrp preis "
              "verkaufspreis bruttopreis prix prixttc precio preço preco prezzo prijs цена cena fiyat fiyatı 价格 售价 価格 "
              "値段 가격",
@@ -134,15 +141,16 @@ ROLES = {
           "gtin upc barcode variantsku productsku itemnumber artikelnummer artikelnr artnr référence reference referencia "
           "codigo código codice артикул indeks stokkodu 商品编号 商品id 货号 商品コード 品番 상품코드 상품번호",
     "group": "itemgroupid groupid group parentsku parentid parentasin styleid modelid handle",
-    "currency": "currency currencycode pricecurrency waehrung währung devise moneda moeda валюта 币种 通貨",
-    "details": "attributes features specifications specification specs productfeatures productspecifications "
+    "currency": "currency currencycode productcurrency pricecurrency waehrung währung devise moneda moeda валюта 币种 通貨",
+    "details": "attributes customfields features specifications specification specs productfeatures productspecifications "
                "productspecification details productdetails productattributes params param properties characteristics "
                "eigenschaften merkmale caractéristiques características характеристики 属性 规格 仕様",
 }
 
 # %% ../../nbs/11_shop.columns.ipynb #c011
 LEVELS = ("mastercategory subcategory articletype", "primarycategory secondarycategory tertiarycategory",
-          "department category subcategory", "department class subclass", "category subcategory subsubcategory",
+          "department category subcategory", "department class subclass", "category subcategory producttype",
+          "category subcategory subsubcategory",
           "maincategory subcategory", "categoryname subcategoryname", "category1 category2 category3 category4",
           "categorylevel1 categorylevel2 categorylevel3", "level1 level2 level3 level4", "cat1 cat2 cat3", "l1 l2 l3",
           "lvl0 lvl1 lvl2", "department aisle", "kategorie unterkategorie", "hauptkategorie unterkategorie",
@@ -348,7 +356,8 @@ def read_mapping(path: str | Path) -> Mapping:
         if not isinstance(value, kinds[name]) or not all(isinstance(text, str) for text in texts):
             raise BookError(f"{path}: {name} is no {'table of texts' if kinds[name] is dict else 'text'}; write the names of "
                             f"columns.")
-    for name, allowed in {"decimal": ("", ".", ","), "rows": ("", "variants", "parents", "views", "products")}.items():
+    rows = ("", "variants", "families", "parents", "views", "products")
+    for name, allowed in {"decimal": ("", ".", ","), "rows": rows}.items():
         if said.get(name, "") not in allowed: raise BookError(f"{path}: {name} = {said[name][:30]!r} is none of "
                                                               f"{', '.join(allowed[1:])}.")
     return Mapping(**said)

@@ -118,10 +118,11 @@ def ask_negation(product: Product, catalog: Catalog, rng: random.Random, count: 
                  phrases: Phrases = ENGLISH) -> Request | None:
     "A category and a negated value that other products of it have, after the other wishes."
     shelf = Others(catalog.by_category[product.category], catalog.places[product.id])
-    own = stated_values(product)
+    own, leaf = stated_values(product), set(phrase(product.category[-1]).split())
     options = sorted({(name, value) for other in rng.sample(shelf, min(4, len(shelf)))
                       for name, values in other.attributes.items() for value in values[:1]
-                      if name in own and value not in own[name] and (name, value) in catalog.columns.asked})
+                      if name in own and value not in own[name] and (name, value) in catalog.columns.asked
+                      and not leaf.issuperset(phrase(value).split())})
     if not options: return None
     name, value = rng.choice(options)
     wishes = sample_wishes(product, catalog, rng, count - 1, besides=name)
