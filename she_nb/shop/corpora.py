@@ -25,12 +25,7 @@ from .products import Product, clean_text, clean_word, read_attributes, read_cat
 from .tables import Table, read_table
 from ..task import BookError
 
-# %% ../../nbs/17_shop.corpora.ipynb #c006
-LOCALE = "us"  # where none is stated
-ESCI_FILES = ("shopping_queries_dataset_examples.parquet", "shopping_queries_dataset_products.parquet")
-ESCI_COLUMNS = ["query", "query_id", "product_id", "product_locale", "esci_label"]
-SIDES = {side: {"split": side} for side in ("train", "test")}   # one object for all rows of a side
-
+# %% ../../nbs/17_shop.corpora.ipynb #c006a
 def parquet_columns(path: Path) -> list[str]:
     "The columns of a Parquet file."
     import pyarrow
@@ -49,6 +44,12 @@ def parquet_batches(
     try:
         with parquet.ParquetFile(path) as file: yield from file.iter_batches(size, columns=columns)
     except (pyarrow.ArrowException, OSError): raise BookError(f"{path}: is not a Parquet file; write it again.") from None
+
+# %% ../../nbs/17_shop.corpora.ipynb #c006
+LOCALE = "us"  # where none is stated
+ESCI_FILES = ("shopping_queries_dataset_examples.parquet", "shopping_queries_dataset_products.parquet")
+ESCI_COLUMNS = ["query", "query_id", "product_id", "product_locale", "esci_label"]
+SIDES = {side: {"split": side} for side in ("train", "test")}   # one object for all rows of a side
 
 def esci_judgments(
     path: Path,

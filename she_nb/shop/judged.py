@@ -266,6 +266,7 @@ def item_sides(
         seen.setdefault(group, set()).add(split_of(catalogued[pair.item], seed) if pair.item in catalogued else side)
     return {group: next(iter(found)) if len(found) == 1 else split_of(group, seed) for group, found in seen.items()}
 
+# %% ../../nbs/18_shop.judged.ipynb #j028b
 def query_sides(
     pairs: list[Pair],
     stated: list[str],   # side of each pair by its file; empty where it says none
