@@ -218,6 +218,7 @@ class KnownRows:
             file.seek(self.places[key])
             return json.loads(file.readline())
 
+# %% ../../nbs/62_serving.judging.ipynb #jg0120
 def reused_rows(
     judge: Judge,
     asked: list[Asked],
@@ -283,6 +284,7 @@ class Judged:
         self.tiers.update(row["tier"] for row in rows if row["tier"])
         self.review += sum(bool(row["review"]) for row in rows)
 
+# %% ../../nbs/62_serving.judging.ipynb #jg0123
 def judge_file(
     judge: Judge,
     asked: Iterable[Asked],
