@@ -218,6 +218,7 @@ class KnownRows:
             file.seek(self.places[key])
             return json.loads(file.readline())
 
+# %% ../../nbs/62_serving.judging.ipynb #jg0120
 def reused_rows(
     judge: Judge,
     asked: list[Asked],
@@ -230,7 +231,7 @@ def reused_rows(
         if row is None or row["calibration"] not in ("", judge.calibration): continue
         cut = fitted_prompt(judge, pair)[1]
         if not row["calibration"]: raw[place] = row_of(judge, pair, answer_of(row), cut)
-        elif row["scale"] == judge.scale:
+        else:
             again = row_of(judge, pair, Answer("ok"), cut)
             same[place] = row | {name: again[name] for name in ("query_id", "query", "doc_id", "title", "cut")}
     if judge.calibrate and raw: raw = dict(zip(raw, judge.calibrate(list(raw.values())), strict=True))
@@ -283,6 +284,7 @@ class Judged:
         self.tiers.update(row["tier"] for row in rows if row["tier"])
         self.review += sum(bool(row["review"]) for row in rows)
 
+# %% ../../nbs/62_serving.judging.ipynb #jg0123
 def judge_file(
     judge: Judge,
     asked: Iterable[Asked],
@@ -319,8 +321,9 @@ def _kept_rows(path, start, asked, judge):
         file.seek(start)
         rows = [json.loads(line) for line in islice(file, len(asked))]
     for row, pair in zip(rows, asked, strict=True):
-        about = row_key(judge, pair), pair.doc_id, judge.calibration, judge.scale
-        if about != tuple(row.get(name) for name in ("key", "doc_id", "calibration", "scale")):
+        about = row_key(judge, pair), pair.doc_id, judge.calibration
+        other_scale = row.get("scale") != judge.scale and not judge.calibration   # a calibration brings its own
+        if other_scale or about != tuple(row.get(name) for name in ("key", "doc_id", "calibration")):
             raise BookError(f"{path}: holds judgments of other pairs, or by another model or setting; "
                             "choose another file, and name this one by --reuse.")
     return rows

@@ -173,25 +173,31 @@ class Batcher:
         self.queue.put(None)
         self.thread.join()
 
-    def _work(self):
-        while first := self.queue.get():
-            places, size, last = [first], len(first["asked"]), False
-            while size < self.batch and not self.queue.empty():
-                place = self.queue.get()
-                if place is None: last = True; break
-                places.append(place)
-                size += len(place["asked"])
-            self._judge(places)
-            if last: break
+# %% ../../nbs/64_serving.serve.ipynb #sv0121
+from fastcore.basics import patch
 
-    def _judge(self, places):
-        try:
-            rows = judge_rows(self.judge, [row for place in places for row in place["asked"]])
-            for place in places: place["rows"], rows = rows[:len(place["asked"])], rows[len(place["asked"]):]
-            self.judged += sum(len(place["rows"]) for place in places)
-        except Exception as error:
-            for place in places: place["error"] = error
-        for place in places: place["done"].set()
+
+@patch
+def _work(self: Batcher):
+    while first := self.queue.get():
+        places, size, last = [first], len(first["asked"]), False
+        while size < self.batch and not self.queue.empty():
+            place = self.queue.get()
+            if place is None: last = True; break
+            places.append(place)
+            size += len(place["asked"])
+        self._judge(places)
+        if last: break
+
+@patch
+def _judge(self: Batcher, places):
+    try:
+        rows = judge_rows(self.judge, [row for place in places for row in place["asked"]])
+        for place in places: place["rows"], rows = rows[:len(place["asked"])], rows[len(place["asked"]):]
+        self.judged += sum(len(place["rows"]) for place in places)
+    except Exception as error:
+        for place in places: place["error"] = error
+    for place in places: place["done"].set()
 
 # %% ../../nbs/64_serving.serve.ipynb #sv0023
 MOST_BYTES = 1 << 20  # of a request (ours)
@@ -234,9 +240,6 @@ class Handler(BaseHTTPRequestHandler):
         return self.refuse(404, f"There is no {self.path[:60]}; ask /v1/chat/completions, /v1/models, /health or /card.")
 
 # %% ../../nbs/64_serving.serve.ipynb #sv0024
-from fastcore.basics import patch
-
-
 @patch
 def do_POST(self: Handler):
     with self.server.counted(): self.answer()
