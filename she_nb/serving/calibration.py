@@ -63,12 +63,13 @@ def log_loss(
     "How surprising each label is."
     return -np.log(q[np.arange(len(y)), y].clip(TINY))
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0006
 def fit_temperature(p: np.ndarray, y: np.ndarray, weights: np.ndarray, tiers: dict[str, int]) -> dict:
     "The temperature under which labels surprise least."
     def loss(log_t): return (weights * log_loss(tempered(p, {"temperature": np.exp(log_t)}, tiers), y)).sum()
     return {"temperature": float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))}
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0008
+# %% ../../nbs/67_serving.calibration.ipynb #cl0009
 def expected_tier(p: np.ndarray) -> np.ndarray: return p @ np.array([4., 3., 2., 1.]) / p.sum(1)
 
 def by_cuts(
@@ -81,6 +82,7 @@ def by_cuts(
     edge = np.zeros((len(p), 1))
     return np.diff(better, axis=1, prepend=edge, append=edge + 1)
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0010
 def fit_cuts(p: np.ndarray, y: np.ndarray, weights: np.ndarray, tiers: dict[str, int]) -> dict:
     "Slope and cuts under which labels surprise least; a weak prior holds them where labels are few."
     def unpacked(theta): return {"slope": np.exp(theta[0]), "cuts": theta[1] - np.append(0, np.exp(theta[2:]).cumsum())}
@@ -91,7 +93,7 @@ def fit_cuts(p: np.ndarray, y: np.ndarray, weights: np.ndarray, tiers: dict[str,
     found = unpacked(minimize(loss, start, method="L-BFGS-B", bounds=[(-3, 4), (-1, 6), *[(-6, 2)] * (len(tiers) - 2)]).x)
     return {"slope": float(found["slope"]), "cuts": found["cuts"].tolist()}
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0011
+# %% ../../nbs/67_serving.calibration.ipynb #cl0013
 STIFFNESS = .03   # of logistic regression: the less, the nearer its weights stay to 0 (ours, measured below)
 
 def by_matrix(
@@ -102,6 +104,7 @@ def by_matrix(
     "Probabilities of ratings by weighted log-probabilities of tiers."
     return softmax(np.log(p.clip(TINY)) @ np.array(numbers["weights"]).T + np.array(numbers["bias"]), axis=1)
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0014
 def fit_matrix(p: np.ndarray, y: np.ndarray, weights: np.ndarray, tiers: dict[str, int]) -> dict:
     "The weights of a logistic regression; a rating that no label has is never given."
     fitted = LogisticRegression(C=STIFFNESS, max_iter=2000).fit(np.log(p.clip(TINY)), y, sample_weight=weights)
@@ -110,9 +113,10 @@ def fit_matrix(p: np.ndarray, y: np.ndarray, weights: np.ndarray, tiers: dict[st
     matrix[fitted.classes_], bias[fitted.classes_] = sides @ fitted.coef_, sides @ fitted.intercept_
     return {"weights": matrix.tolist(), "bias": bias.tolist()}
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0015
 METHODS = {"temperature": (fit_temperature, tempered), "cuts": (fit_cuts, by_cuts), "matrix": (fit_matrix, by_matrix)}
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0016
+# %% ../../nbs/67_serving.calibration.ipynb #cl0020
 def deal(
     queries: Sequence[str],  # of each pair
     parts: int = 5,
@@ -138,7 +142,7 @@ def held_out(
         out[unseen] = use(p[unseen], fit(p[seen], y[seen], weights[seen], tiers), tiers)
     return out
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0019
+# %% ../../nbs/67_serving.calibration.ipynb #cl0023
 MEASURES = {"log_loss": "log-loss", "brier": "Brier score", "ece": "ECE", "right": "right"}
 BINS = 10
 
@@ -159,6 +163,7 @@ def pair_sums(
     bins = np.eye(BINS)[np.minimum((sure * BINS).astype(int), BINS - 1)] * (sure - right)[:, None]
     return weights[:, None] * np.column_stack([np.ones(len(y)), log_loss(q, y), brier, right, bins])
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0024
 def measure_table(
     answers: dict[str, np.ndarray],  # name -> probabilities of ratings, (pairs, ratings)
     y: np.ndarray,
@@ -173,7 +178,7 @@ def measure_table(
         rows |= {(name, measure): (float(values[measure]), *interval(drawn[measure])) for measure in MEASURES}
     return pd.DataFrame(rows, index=["value", "low", "high"]).T
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0024
+# %% ../../nbs/67_serving.calibration.ipynb #cl0029
 RAREST = "pairs of the rarest rating"
 LEAST = {"labelled pairs": 50, "queries": 10, RAREST: 5}   # for any calibration (ours)
 LEAST_MATRIX = {"labelled pairs": 100, RAREST: 10}         # for the matrix (ours)
@@ -192,7 +197,7 @@ def choose_method(
                         + "; rate more, as she-nb sample picks them.")
     return "matrix" if all(counts[name] >= least for name, least in LEAST_MATRIX.items()) else "cuts"
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0027
+# %% ../../nbs/67_serving.calibration.ipynb #cl0032
 LEAST_KEPT = 20  # pairs that a cut must keep (ours)
 
 def lowest_cut(
@@ -208,6 +213,7 @@ def lowest_cut(
     fitting = np.flatnonzero((share >= wanted) & ends & (np.arange(len(sure)) >= LEAST_KEPT - 1))
     return float(np.floor(sure[order][fitting[-1]] * 1e4) / 1e4) if len(fitting) else None
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0033
 def precision_cut(
     q: np.ndarray,           # held-out probabilities, (pairs, ratings)
     y: np.ndarray,
@@ -232,7 +238,7 @@ def precision_cut(
     low, high = interval(np.divide(drawn[:, 0], drawn[:, 1], out=np.full(len(drawn), np.nan), where=drawn[:, 1] > 0))
     return out | {"precision": float(sums[:, 0].sum() / sums[:, 1].sum()), "low": low, "high": high}
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0030
+# %% ../../nbs/67_serving.calibration.ipynb #cl0036
 @dataclass
 class Joined:
     "Pairs that were judged and rated."
@@ -248,6 +254,7 @@ def label_key(label: Label) -> tuple[str, str]:
     "What a label is of, as `pair_of` says it of a row."
     return label.query, label.doc or clean_text(str((label.item or {}).get("title", "")))
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0037
 def scale_ratings(
     labels: list[Label],
 ) -> dict[str, int]:  # rating as most labels write it -> tier, the best first
@@ -261,7 +268,7 @@ def scale_ratings(
 
 def judge_of(row: dict) -> dict[str, str]: return {name: str(row.get(name) or "") for name in ("model", "prompt", "decoding")}
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0031
+# %% ../../nbs/67_serving.calibration.ipynb #cl0038
 def join_labels(
     rows: Iterable[dict],                     # of `read_rows`
     opened: Opened,                           # people's labels
@@ -291,7 +298,7 @@ def join_labels(
     return Joined(np.array([p for p, _, _ in taken]), np.array([places[label.rating.lower()] for _, label, _ in taken]),
                   [label.query for _, label, _ in taken], weight / weight.mean(), tiers, dict(next(iter(judges))), failed)
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0034
+# %% ../../nbs/67_serving.calibration.ipynb #cl0041
 VERSION = 1
 
 @dataclass
@@ -310,6 +317,7 @@ class Calibration:
         "Of ratings, (pairs, ratings)."
         return METHODS[self.method][1](p, self.numbers, self.tiers)
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0042
 def rounded(value):
     "Numbers with six digits, inside lists and objects too."
     if isinstance(value, dict): return {name: rounded(part) for name, part in value.items()}
@@ -323,6 +331,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     lists = re.compile(r"\[\n\s*([^\[\]{}]+?)\n\s*\]")    # of numbers, on one line each
     return atomic_write(path, lists.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text) + "\n")
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0043
 def load_calibration(path: str | Path) -> Calibration:
     "Read a calibration."
     try: about = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -335,7 +344,7 @@ def load_calibration(path: str | Path) -> Calibration:
     try: return Calibration(**about)
     except TypeError: raise BookError(f"{path}: lacks a part of a calibration; calibrate again.") from None
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0035
+# %% ../../nbs/67_serving.calibration.ipynb #cl0044
 @dataclass
 class Calibrated:
     "A calibration with what it was made of."
@@ -367,7 +376,7 @@ def calibrate(
                         {name: figures(name) for name in ("before", "after")}, cuts)
     return Calibrated(about, joined, before, after)
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0038
+# %% ../../nbs/67_serving.calibration.ipynb #cl0047
 def apply_calibration(
     rows: Iterable[dict],
     calibration: Calibration,
@@ -395,6 +404,7 @@ def said(
     return {"rating": rating, "p": {name: round(float(value), 6) for name, value in zip(calibration.tiers, q, strict=True)},
             "confidence": round(float(q.max()), 6), "review": bool(wanted and (wanted["cut"] is None or q.max() < wanted["cut"]))}
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0048
 def check_judge(row: dict, calibration: Calibration) -> None:
     "Raise BookError for a row of another judge."
     other = next((name for name, value in judge_of(row).items() if value != calibration.judge[name]), None)
@@ -402,7 +412,7 @@ def check_judge(row: dict, calibration: Calibration) -> None:
         raise BookError(f"row {row.get('row', '')}: was judged with another {other} than the calibration is of; "
                         "calibrate the judge that judged it.")
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0041
+# %% ../../nbs/67_serving.calibration.ipynb #cl0051
 def _reliability(ax, q, joined, title):
     "How often ratings are right by how sure they are, in bins of equally many pairs; below, how many there are."
     sure, right, weights = q.max(1), (q.argmax(1) == joined.y).astype(float), joined.weights
@@ -421,7 +431,7 @@ def _reliability(ax, q, joined, title):
     ax.text(.04, .96, f"ECE {values['ece']:.3f}\nlog-loss {values['log_loss']:.3f}", va="top", transform=ax.transAxes)
     ax.set(title=title, xlabel="how sure", ylabel="how often right", xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0042
+# %% ../../nbs/67_serving.calibration.ipynb #cl0052
 def _kept(ax, done):
     "How often ratings are right among the surest."
     for q, name, colour in ((done.before, "as it came", "#8a8a8a"), (done.after, "calibrated", "#0072b2")):
@@ -434,6 +444,7 @@ def _kept(ax, done):
     ax.set_box_aspect(1)
     ax.legend(loc="lower left")
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0053
 def calibration_figure(done: Calibrated) -> plt.Figure:
     "Reliability before and after, and what is gained by keeping the surest."
     with mpl.rc_context(LOOK):
@@ -443,7 +454,7 @@ def calibration_figure(done: Calibrated) -> plt.Figure:
         _kept(axes[2], done)
     return figure
 
-# %% ../../nbs/67_serving.calibration.ipynb #cl0045
+# %% ../../nbs/67_serving.calibration.ipynb #cl0056
 def why_method(calibration: Calibration) -> str:
     "Why this method."
     if calibration.method == "temperature": return "one number, asked for"
@@ -458,6 +469,7 @@ def cut_words(rating: str, cut: dict) -> str:
     known = "right {precision:.3f} ({low:.3f} to {high:.3f})".format(**cut) if cut["precision"] is not None else "not measured"
     return f"{rating} from p = {cut['cut']:.4f}: {known}; keeps {cut['coverage']:.0%}, {1 - cut['coverage']:.0%} for review"
 
+# %% ../../nbs/67_serving.calibration.ipynb #cl0057
 def calibration_words(done: Calibrated) -> str:
     "What the command prints."
     about = done.calibration

@@ -35,6 +35,7 @@ class Rated:
     query_id: str
     row: dict        # the whole
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0006
 @dataclass
 class Options:
     "What an export can be told."
@@ -44,6 +45,7 @@ class Options:
     scale: Scale = field(default_factory=lambda: SCALES["0-3"])
     ratings: tuple[str, ...] = ("3", "2", "1", "0")   # of the scale, the best first
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0007
 def is_calibrated(row: dict) -> bool: return bool(row.get("p"))
 
 def rated_rows(
@@ -57,7 +59,7 @@ def rated_rows(
         said = "" if not given else rating_on(row["tier"], scale) if scale and not is_calibrated(row) else str(row["rating"])
         yield Rated(row["query"], row["doc_id"], said, str(row.get("query_id") or ""), row)
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0008
+# %% ../../nbs/67_serving.exchange.ipynb #ex0010
 def csv_text(
     columns: Iterable[str],
     rows: Iterable[Iterable],
@@ -73,6 +75,7 @@ def quepid_case(rows: list[Rated], options: Options) -> str:
     "Ratings of a Quepid case."
     return csv_text(("query", "docid", "rating"), ((row.query, row.doc, row.rating) for row in rows))
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0011
 def plain_csv(rows: list[Rated], options: Options) -> str:
     "Every column of the rows."
     columns = dict.fromkeys(name for one in rows for name in one.row if name != "row")
@@ -81,7 +84,7 @@ def plain_csv(rows: list[Rated], options: Options) -> str:
         return ", ".join(value) if isinstance(value, list) else value
     return csv_text(columns, ([cell(one.row.get(name)) if name != "rating" else one.rating for name in columns] for one in rows))
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0011
+# %% ../../nbs/67_serving.exchange.ipynb #ex0014
 def query_ids(rows: list[Rated]) -> dict[str, str]:  # text -> id
     "An id for each query: its own where all have one of their own, else a number."
     own = {}
@@ -98,6 +101,7 @@ def trec_qrels(rows: list[Rated], options: Options) -> str:
     ids = query_ids(rows)
     return "".join(f"{ids[one.query]} 0 {one.doc} {one.rating}\n" for one in rows if one.rating)
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0015
 def trec_queries(rows: list[Rated], options: Options) -> str:
     "The queries of the qrels, by id."
     def cell(text): return text if unquoted(text) == text else '"' + text.replace('"', '""') + '"'
@@ -110,7 +114,7 @@ def ltr_lines(rows: list[Rated], options: Options) -> str:
     lines = (f"{one.rating} qid:{numbers[one.query]} # {one.doc} {one_line(one.query)}" for one in rows if one.rating)
     return "".join(line + "\n" for line in lines)
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0014
+# %% ../../nbs/67_serving.exchange.ipynb #ex0018
 def by_query(rows: list[Rated]) -> dict[str, list[Rated]]:
     "Rated rows by the text of their query, in order."
     shelves: dict[str, list] = {}
@@ -126,6 +130,7 @@ def opensearch_body(rows: list[Rated], options: Options) -> str:
     about = {"name": options.name, "description": f"Ratings {', '.join(options.ratings)}", "type": "IMPORT_JUDGMENT"}
     return json_text(about | {"judgmentRatings": [entry for entry in lists if entry["ratings"]]})
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0019
 def rank_eval_request(rows: list[Rated], options: Options) -> str:
     "A request of Elasticsearch's _rank_eval."
     ids = query_ids(rows)
@@ -136,7 +141,7 @@ def rank_eval_request(rows: list[Rated], options: Options) -> str:
     return json_text({"requests": [one for one in requests if one["ratings"]],
                       "metric": {"dcg": {"k": 10, "normalize": True}}})
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0017
+# %% ../../nbs/67_serving.exchange.ipynb #ex0022
 STEP_COLUMNS = ("asked", "item", "category", "attributes")  # the steps before the tier
 
 def steps_text(row: dict) -> str:  # empty for a row that has none
@@ -156,7 +161,7 @@ def quepid_book(rows: list[Rated], options: Options) -> str:
     book = {"name": options.name, "show_rank": False, "support_implicit_judgements": False, "scale": scale}
     return json_text(book | {"query_doc_pairs": [pair(one) for one in rows]})
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0020
+# %% ../../nbs/67_serving.exchange.ipynb #ex0025
 def label_studio_tasks(rows: list[Rated], options: Options) -> str:
     "Tasks of Label Studio with predictions."
     def task(one):
@@ -166,13 +171,14 @@ def label_studio_tasks(rows: list[Rated], options: Options) -> str:
         return {"data": data, "predictions": [told] if one.rating else []}
     return json_text([task(one) for one in rows])
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0026
 def label_studio_setup(rows: list[Rated], options: Options) -> str:
     "The set-up of a Label Studio project for these tasks."
     choices = "\n".join(f"    <Choice value={quoteattr(rating)}/>" for rating in options.ratings)
     return (f'<View>\n  <Header value="$query"/>\n  <Text name="title" value="$title"/>\n'
             f'  <Choices name="rating" toName="title" choice="single">\n{choices}\n  </Choices>\n</View>\n')
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0023
+# %% ../../nbs/67_serving.exchange.ipynb #ex0029
 @dataclass(frozen=True)
 class Form:
     "A file that another tool reads."
@@ -185,6 +191,7 @@ class Form:
     ids: bool = True            # does it need ids of items?
     beside: tuple[tuple[str, Callable], ...] = ()  # further files: ending and writer
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0030
 OUT, HOLE = "are left out", "stay as holes"
 STEPS_ALL = "titles, steps, probabilities, confidence, status"
 FORMS = {
@@ -200,7 +207,7 @@ FORMS = {
                          "have no prediction", "any", ids=False, beside=((".setup.xml", label_studio_setup),)),
     "csv": Form("a plain table", plain_csv, "nothing", "keep their status and have no rating", "any", ids=False)}
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0025
+# %% ../../nbs/67_serving.exchange.ipynb #ex0032
 def check_rated(
     rows: list[Rated],
     to: str,           # a key of FORMS
@@ -217,7 +224,7 @@ def check_rated(
         if not number_like(one.rating) or form.numbers == "whole numbers" and not float(one.rating).is_integer():
             raise BookError(f"{where}: is rated {one.rating!r}, and {form.title} wants {form.numbers}; add --scale 0-3.")
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0028
+# %% ../../nbs/67_serving.exchange.ipynb #ex0035
 def merged(
     rows: list[Rated],
     case: Iterable[Judgment],   # of a Quepid case
@@ -236,7 +243,7 @@ def merged(
     if added: counts["pairs added that the case lacks"] = len(added)
     return out + added, counts
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0031
+# %% ../../nbs/67_serving.exchange.ipynb #ex0038
 @dataclass
 class Exported:
     "What was written."
@@ -247,6 +254,7 @@ class Exported:
     merged: Counter         # as of `merged`
     scale: str
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0039
 def read_case(
     path: str | Path,
     ratings: Iterable[str],  # that will fill its holes
@@ -266,7 +274,7 @@ def read_case(
                         "add --scale binary or --scale 0-3.")
     return case
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0032
+# %% ../../nbs/67_serving.exchange.ipynb #ex0040
 def export_rows(
     rows: Iterable[dict],        # with the columns of `serving.judging`, calibrated or not
     to: str,                     # a key of FORMS
@@ -296,6 +304,7 @@ def export_rows(
     found = Counter(one.rating for one in filled if one.rating)
     return Exported(paths, form, {rating: found[rating] for rating in (*told.ratings, *found)}, statuses, counts, named)
 
+# %% ../../nbs/67_serving.exchange.ipynb #ex0041
 def ratings_of(
     rows: list[Rated],
     scale: Scale | None,
@@ -307,7 +316,7 @@ def ratings_of(
     stated = next((list(one.row["p"]) for one in rows if is_calibrated(one.row)), None)
     return tuple(stated or sorted(tiers, key=lambda rating: (number_like(rating) and -float(rating), -tiers[rating])))
 
-# %% ../../nbs/67_serving.exchange.ipynb #ex0036
+# %% ../../nbs/67_serving.exchange.ipynb #ex0045
 def exported_words(done: Exported) -> str:
     "What the command prints."
     shares = ", ".join(f"{count:,} of {rating}" for rating, count in done.ratings.items())

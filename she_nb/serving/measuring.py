@@ -38,6 +38,7 @@ def trec_run(path: Path) -> Iterable[tuple[str, str, str, tuple]]:  # query, que
         except (TypeError, ValueError):
             raise BookError(f"{path}: line {number} is no 'query-id Q0 item-id rank score tag'; write it so.") from None
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0006
 def table_run(path: Path) -> Iterable[tuple[str, str, str, tuple]]:
     "The rows of a table with query, doc_id and rank."
     for number, row in table_rows(path):
@@ -51,7 +52,7 @@ def table_run(path: Path) -> Iterable[tuple[str, str, str, tuple]]:
         if place is None: raise BookError(f"{path}: row {number}: the {order} {row.get(roles[order])!r} is no number; mend it.")
         yield cell("query"), cell("query_id"), cell("doc_id"), (place if order == "rank" else -place, number)
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0006
+# %% ../../nbs/69_serving.measuring.ipynb #ms0007
 def read_run(
     path: str | Path,        # a TREC run, or a table with query, doc_id and rank
     queries: dict[str, str], # texts by id
@@ -69,7 +70,7 @@ def read_run(
     if not shelves: raise BookError(f"{path}: is empty; a run needs the columns query, doc_id and rank.")
     return {query: sorted(shelf, key=shelf.get) for query, shelf in shelves.items()}
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0009
+# %% ../../nbs/69_serving.measuring.ipynb #ms0010
 GAINS = {"exponential": {0: 0, 1: 1, 2: 3, 3: 7}, "linear": {0: 0, 1: 1, 2: 2, 3: 3}, "esci": {0: 0, 1: 1, 2: 10, 3: 100}}
 FORMULAS = {"exponential": "2^r - 1", "linear": "r", "esci": "ESCI's 1, 0.1, 0.01, 0"}
 MEASURES = {"ndcg": "NDCG", "quepid": "Quepid's NDCG", "p": "P", "judged": "Judged"}
@@ -86,13 +87,14 @@ def judgments_of(
         out.setdefault(row["query"], {})[row["doc_id"]] = (scale.fold(tier) if scale else tier) - 1
     return out
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0011
 def labels_judgments(labels: Iterable[Label]) -> dict[str, dict[str, int]]:
     "What people say, likewise."
     out: dict[str, dict] = {}
     for label in labels: out.setdefault(label.query, {})[label.doc] = label.tier - 1
     return out
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0011
+# %% ../../nbs/69_serving.measuring.ipynb #ms0013
 def dcg(gains: Iterable[float]) -> float:
     "Discounted cumulative gain."
     return sum(gain / np.log2(rank + 1) for rank, gain in enumerate(gains, 1))
@@ -106,6 +108,7 @@ def ideal_share(
     best = sorted((gains[relevance] for relevance in relevances), reverse=True)
     return dcg(best[:k]) / dcg(best) if any(best) else 1.0
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0014
 def query_measures(
     judgments: dict[str, dict[str, int]],
     run: dict[str, list[str]],
@@ -129,7 +132,7 @@ def query_measures(
     share = [ideal_share(judgments[query].values(), GAINS[gain], k) for query in queries]
     return table.assign(quepid=table["ndcg"] * np.array(share))
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0017
+# %% ../../nbs/69_serving.measuring.ipynb #ms0020
 class Mean(NamedTuple):
     "A mean over queries with its 95 % interval."
     value: float
@@ -145,6 +148,7 @@ def mean_of(
     drawn = resampled(values[:, None], np.arange(len(values)), n)[:, 0] / len(values)
     return Mean(float(values.mean()), *interval(drawn))
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0021
 def compare(
     old: pd.DataFrame,        # of `query_measures`
     new: pd.DataFrame,        # of the same queries
@@ -156,7 +160,7 @@ def compare(
         rows[name] = (*mean_of(apart), int((apart > 0).sum()), int((apart < 0).sum()), int((apart == 0).sum()))
     return pd.DataFrame(rows, index=["value", "low", "high", "better", "worse", "same"]).T
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0020
+# %% ../../nbs/69_serving.measuring.ipynb #ms0024
 def power(
     people: np.ndarray,     # figures of the labelled queries, (n,)
     judge: np.ndarray,      # the judge's of the same, (n,)
@@ -167,11 +171,12 @@ def power(
     if not len(elsewhere) or spread == 0: return 0.0
     return float(np.clip(np.cov(people, judge)[0, 1] / ((1 + len(people) / len(elsewhere)) * spread), 0, 1))
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0025
 def mended(people: np.ndarray, judge: np.ndarray, elsewhere: np.ndarray, trust: float) -> float:
     "People's mean, moved by what the judge saw elsewhere."
     return float(people.mean() + (trust * (elsewhere.mean() - judge.mean()) if len(elsewhere) else 0.0))
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0023
+# %% ../../nbs/69_serving.measuring.ipynb #ms0028
 LEAST_QUERIES = 5  # that people rated whole (ours)
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ class Corrected:
     queries: int     # that people rated
     worth: float     # rated queries that would do as well without the judge
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0029
 def corrected(
     people: Iterable[float],     # one a labelled query
     judge: Iterable[float],      # of the same queries
@@ -202,7 +208,7 @@ def corrected(
     whole, worth = float(np.r_[judge, elsewhere].mean()), n * alone / both if both else n
     return Corrected(mean(float(people.mean()), alone, n - 1), mean(value, both, freedom), whole, trust, n, float(worth))
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0027
+# %% ../../nbs/69_serving.measuring.ipynb #ms0033
 def rated_whole(
     people: dict[str, dict[str, int]],
     runs: Iterable[dict[str, list[str]]],
@@ -214,7 +220,7 @@ def rated_whole(
     def known(query): return all(doc in people[query] for run in runs for doc in run.get(query, [])[:k])
     return [query for query in queries if query in people and known(query)]
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0030
+# %% ../../nbs/69_serving.measuring.ipynb #ms0036
 @dataclass
 class Measured:
     "What runs are worth."
@@ -227,6 +233,7 @@ class Measured:
     unjudged: int                         # queries of the runs without any judgment
     absent: dict[str, int]                # run -> judged queries of other runs that it lacks
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0037
 def measure_runs(
     judgments: dict[str, dict[str, int]],
     runs: dict[str, dict[str, list[str]]],   # name -> run
@@ -250,7 +257,7 @@ def measure_runs(
     absent = {name: sum(query not in run for query in queries) for name, run in runs.items()}
     return Measured(list(runs), tables, mended, **how, unjudged=len(shown) - len(queries), absent=absent)
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0033
+# %% ../../nbs/69_serving.measuring.ipynb #ms0040
 def shown_measures(done: Measured) -> dict[str, str]:
     "The measures that are shown, with their cut-off; Quepid's where it differs."
     same = all(np.allclose(table["ndcg"], table["quepid"]) for table in done.tables)
@@ -258,6 +265,7 @@ def shown_measures(done: Measured) -> dict[str, str]:
 
 def mean_words(mean: Mean, sign: str = "") -> str: return "{:{s}.3f} ({:{s}.3f} to {:{s}.3f})".format(*mean, s=sign)
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0041
 def people_words(done: Measured) -> list[tuple[str, str]]:
     "Means that people's labels mend."
     if done.people is None or len(done.people[0]) < LEAST_QUERIES:
@@ -276,7 +284,7 @@ def people_words(done: Measured) -> list[tuple[str, str]]:
         lines.append(("", f"{name:<24}{one.judge:<{sign}14.3f}{means}{one.trust:<8.2f}{one.worth:.0f}"))
     return lines
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0034
+# %% ../../nbs/69_serving.measuring.ipynb #ms0042
 def measured_words(done: Measured, labels: bool = False) -> str:
     "What the command prints."
     titles, gains = shown_measures(done), ", ".join(map(str, GAINS[done.gain].values()))
@@ -297,7 +305,7 @@ def measured_words(done: Measured, labels: bool = False) -> str:
         lines.append((title, cells))
     return "\n".join(f"{name:<17} {text}".rstrip() for name, text in lines + (people_words(done) if labels else []))
 
-# %% ../../nbs/69_serving.measuring.ipynb #ms0037
+# %% ../../nbs/69_serving.measuring.ipynb #ms0045
 def read_gate(
     text: str,   # "ndcg@10=0.70"
     k: int,
@@ -309,6 +317,7 @@ def read_gate(
     if match[2] and int(match[2]) != k: raise BookError(f"--fail-below {text}: the cut-off is {k}; add -k {match[2]}.")
     return match[1], float(match[3])
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0046
 def below(
     done: Measured,
     gates: Iterable[tuple[str, float]],

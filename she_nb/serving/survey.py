@@ -56,6 +56,7 @@ class Drawn:
     weight: float   # pairs that it stands for
     reason: str     # failed, two judges, unsure or random
 
+# %% ../../nbs/66_serving.survey.ipynb #sv0009
 def draw(
     rows: Iterable[dict],      # with the columns of `serving.judging`
     n: int,                    # pairs; with queries, at least so many
@@ -77,6 +78,7 @@ def draw(
     drawn += [Drawn(rows[place], len(rest) / len(lot), "random") for place in sorted(lot)]
     return [drawn[place] for place in rng.permutation(len(drawn))]
 
+# %% ../../nbs/66_serving.survey.ipynb #sv0010
 def whole_queries(
     rows: list[dict],
     n: int,                    # pairs at least
@@ -91,7 +93,7 @@ def whole_queries(
     drawn = [Drawn(row, len(names) / len(taken), "random") for name in taken for row in shelves[name]]
     return [drawn[place] for place in rng.permutation(len(drawn))]
 
-# %% ../../nbs/66_serving.survey.ipynb #sv0011
+# %% ../../nbs/66_serving.survey.ipynb #sv0013
 @dataclass(frozen=True)
 class Estimate:
     "A mean over all pairs, from some."
@@ -112,7 +114,7 @@ def estimate(
     error = 1.96 * rest / total * np.sqrt(spread / count * (1 - count / rest)) if count else 0.0
     return Estimate(float(mean), float(mean - error), float(mean + error))
 
-# %% ../../nbs/66_serving.survey.ipynb #sv0015
+# %% ../../nbs/66_serving.survey.ipynb #sv0017
 def sheet_text(
     drawn: list[Drawn],
     raters: Sequence[str] = (),   # names; none gives one column, rating
@@ -137,7 +139,7 @@ def write_sheet(
     if Path(output).exists(): raise BookError(f"{output}: is there, and may hold ratings; move it or name another file.")
     return atomic_write(output, sheet_text(drawn, raters))
 
-# %% ../../nbs/66_serving.survey.ipynb #sv0018
+# %% ../../nbs/66_serving.survey.ipynb #sv0020
 def read_weights(
     path: str | Path,   # of labels
 ) -> dict[tuple[str, str], float]:  # (query, item's id or title) -> weight; empty where the file states none

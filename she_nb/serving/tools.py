@@ -25,6 +25,7 @@ def speaking_of(
         named = str(error).startswith(("-", *(str(file) for file in (path, *others) if file)))
         raise BookError(str(error) if named else f"{path}: {error}") from None
 
+# %% ../../nbs/69_serving.tools.ipynb #tl0006
 def stated_numbers(
     parts: list[str],  # such as "3=0.95"
     option: str,       # for the message
@@ -38,7 +39,7 @@ def stated_numbers(
         if not name or not 0 < out[name] < 1: raise BookError(f"{option} {part[:30]}: write it as 3=0.95, a rating and a share.")
     return out
 
-# %% ../../nbs/69_serving.tools.ipynb #tl0006b
+# %% ../../nbs/69_serving.tools.ipynb #tl0009
 READING_OPTIONS = {"queries": "texts of queries, by id",
                    "fields": "columns of a table of labels: query=q,doc_id=sku,rating=stars",
                    "scale": "what people's ratings mean: tiers, 0-3, 0-4, 1-5, binary, esci, wands, or 2=4,1=2,0=1",
@@ -48,6 +49,7 @@ def add_options(command, options: dict[str, str]) -> None:  # of argparse
     "Options that take a text."
     for name, text in options.items(): command.add_argument(f"--{name}", default="", help=text)
 
+# %% ../../nbs/69_serving.tools.ipynb #tl0009b
 def agree_command(args) -> None:  # args: judged, labels, output, audit, model, and READING_OPTIONS
     "`she-nb agree` (ours)."
     from she_nb.serving.agreement import agree
@@ -68,7 +70,7 @@ def add_agree(commands) -> None:  # of argparse
     add_options(command, {"model": "of the audit: a policy's folder (the newest book's)"} | READING_OPTIONS)
     command.set_defaults(run=agree_command, cal="", order="", rule="", tier_rule="", precision="")
 
-# %% ../../nbs/69_serving.tools.ipynb #tl0008
+# %% ../../nbs/69_serving.tools.ipynb #tl0010
 def calibrate_command(args) -> None:  # args: judged, labels, output, precision, method, and READING_OPTIONS
     "`she-nb calibrate` (ours)."
     from she_nb.evidence.figures import image
@@ -87,6 +89,7 @@ def calibrate_command(args) -> None:  # args: judged, labels, output, precision,
     picture = atomic_write(output.with_suffix(".png"), image(chapter.calibration_figure(done), "png"))
     print(f"{chapter.calibration_words(done)}\n{'written':<12} {chapter.save_calibration(done.calibration, output)}, {picture}")
 
+# %% ../../nbs/69_serving.tools.ipynb #tl0011
 def add_calibrate(commands) -> None:  # of argparse
     "The command that learns what a judge's probabilities mean."
     text = "learn from people's labels how sure a judge is, and what it means on their scale"
@@ -99,7 +102,7 @@ def add_calibrate(commands) -> None:  # of argparse
     add_options(command, READING_OPTIONS)
     command.set_defaults(run=calibrate_command)
 
-# %% ../../nbs/69_serving.tools.ipynb #tl0010
+# %% ../../nbs/69_serving.tools.ipynb #tl0013
 EXPORTS = ("quepid", "quepid-book", "opensearch", "rank-eval", "trec", "ltr", "label-studio", "csv")
 
 def opened_rows(args):  # args: judged, cal
@@ -109,6 +112,7 @@ def opened_rows(args):  # args: judged, cal
     from she_nb.serving.calibration import apply_calibration, load_calibration
     return apply_calibration(read_rows(args.judged), load_calibration(args.cal))
 
+# %% ../../nbs/69_serving.tools.ipynb #tl0014
 def export_command(args) -> None:  # args: judged, to, output, scale, cal, merge, skip_review, index, name, rater
     "`she-nb export` (ours)."
     from she_nb.serving.exchange import export_rows, exported_words
@@ -120,6 +124,7 @@ def export_command(args) -> None:  # args: judged, to, output, scale, cal, merge
         done = export_rows(opened_rows(args), args.to, args.output, scale, args.merge, args.skip_review, **options)
     print(exported_words(done))
 
+# %% ../../nbs/69_serving.tools.ipynb #tl0015
 def add_export(commands) -> None:  # of argparse
     "The command that writes judgments for other tools."
     text = "write judgments for another tool; failed rows never become a rating"
@@ -135,8 +140,8 @@ def add_export(commands) -> None:  # of argparse
                           "rater": "e-mail of a Quepid user who stands for the judge"})
     command.set_defaults(run=export_command)
 
-# %% ../../nbs/69_serving.tools.ipynb #tl0012
-def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, gain, relevant_from, fail_below, READING_OPTIONS
+# %% ../../nbs/69_serving.tools.ipynb #tl0017
+def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, gain, relevant_from, fail_below, and READING_OPTIONS
     "`she-nb measure`; ends with code 1 where the last run is below a gate (ours)."
     from she_nb.serving.measuring import below, judgments_of, labels_judgments, measure_runs, measured_words, read_gate, read_run
     from she_nb.shop.judged import open_labels, read_scale
@@ -159,7 +164,7 @@ def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, g
     print(measured_words(done, bool(opened)))
     if missed := below(done, gates): raise SystemExit("she-nb: " + " ".join(missed))
 
-# %% ../../nbs/69_serving.tools.ipynb #tl0013
+# %% ../../nbs/69_serving.tools.ipynb #tl0018
 def add_measure(commands) -> None:  # of argparse
     "The command that measures runs."
     text = "measure runs by judgments: NDCG, precision, share judged, the paired difference, and people's correction"
@@ -175,7 +180,7 @@ def add_measure(commands) -> None:  # of argparse
     add_options(command, READING_OPTIONS)
     command.set_defaults(run=measure_command)
 
-# %% ../../nbs/69_serving.tools.ipynb #tl0015
+# %% ../../nbs/69_serving.tools.ipynb #tl0020
 def sample_command(args) -> None:  # args: judged, n, output, design, seed, second, raters
     "`she-nb sample` (ours)."
     from collections import Counter
@@ -193,6 +198,7 @@ def sample_command(args) -> None:  # args: judged, n, output, design, seed, seco
              ("written", f"{path}; keep its column weight, and give it back to she-nb calibrate")]
     print("\n".join(f"{name:<12} {text}" for name, text in lines))
 
+# %% ../../nbs/69_serving.tools.ipynb #tl0021
 def add_sample(commands) -> None:  # of argparse
     "The command that draws what people should rate."
     text = "draw the pairs that people should rate: half at random, half where the judge is in doubt"
