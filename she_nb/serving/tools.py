@@ -141,7 +141,7 @@ def add_export(commands) -> None:  # of argparse
     command.set_defaults(run=export_command)
 
 # %% ../../nbs/69_serving.tools.ipynb #tl0017
-def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, gain, relevant_from, fail_below, and READING_OPTIONS
+def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, gain, relevant_from, fail_below, READING_OPTIONS
     "`she-nb measure`; ends with code 1 where the last run is below a gate (ours)."
     from she_nb.serving.measuring import below, judgments_of, labels_judgments, measure_runs, measured_words, read_gate, read_run
     from she_nb.shop.judged import open_labels, read_scale
