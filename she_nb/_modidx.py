@@ -1015,7 +1015,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'she_nb.serving.asking.Census.words': ( 'serving.asking.html#census.words',
                                                                                'she_nb/serving/asking.py'),
                                        'she_nb.serving.asking.census': ('serving.asking.html#census', 'she_nb/serving/asking.py'),
-                                       'she_nb.serving.asking.guarded': ('serving.asking.html#guarded', 'she_nb/serving/asking.py'),
                                        'she_nb.serving.asking.pairs_once': ('serving.asking.html#pairs_once', 'she_nb/serving/asking.py'),
                                        'she_nb.serving.asking.read_asked': ('serving.asking.html#read_asked', 'she_nb/serving/asking.py'),
                                        'she_nb.serving.asking.rows_path': ('serving.asking.html#rows_path', 'she_nb/serving/asking.py'),
