@@ -1397,6 +1397,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'she_nb.serving.survey.write_sheet': ( 'serving.survey.html#write_sheet',
                                                                               'she_nb/serving/survey.py')},
             'she_nb.serving.tools': { 'she_nb.serving.tools.add_agree': ('serving.tools.html#add_agree', 'she_nb/serving/tools.py'),
+                                      'she_nb.serving.tools.add_both': ('serving.tools.html#add_both', 'she_nb/serving/tools.py'),
                                       'she_nb.serving.tools.add_calibrate': ('serving.tools.html#add_calibrate', 'she_nb/serving/tools.py'),
                                       'she_nb.serving.tools.add_export': ('serving.tools.html#add_export', 'she_nb/serving/tools.py'),
                                       'she_nb.serving.tools.add_measure': ('serving.tools.html#add_measure', 'she_nb/serving/tools.py'),

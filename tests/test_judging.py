@@ -67,7 +67,7 @@ def case_file(folder, count):
 def test_a_pair_has_one_answer_in_any_batch(judge):
     pairs = asked(90)
     together = list(judge.stream(pairs, 90))
-    assert "ok" in {row["status"] for row in together}
+    assert "ok" in (found := {row["status"] for row in together}) and found <= {"ok", "malformed"}
     for block in (1, 7): assert list(judge.stream(pairs, block)) == together
     shuffled = random.Random(1).sample(range(90), 90)
     rows = list(judge.stream([pairs[place] for place in shuffled], 32))

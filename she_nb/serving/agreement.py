@@ -83,6 +83,7 @@ def compare(
     raters = pd.DataFrame(said).assign(query=[row["query"] for row in kept], judge=[row[JUDGE] for row in kept])
     counts = {"judged": len(rows), "labelled": len(labels), "both": len(kept)}
     counts["without an answer"] = sum(not row["tier"] for row in kept)
+    counts["mended"] = sum(str(row.get("mended")).lower() == "true" for row in kept)   # a text in CSV
     return Compared(pd.DataFrame(kept), raters, scale, counts)
 
 def shown_pair(query: str, doc: str) -> str: return f"({query[:40]!r}, {doc[:20]!r})"
@@ -168,6 +169,7 @@ def gullible(
 ) -> pd.DataFrame:      # attack -> pairs, raised: share whose tier rose to 3 or 4, low, high
     "How often words in a title raise an item that does not fit (ours)."
     low = [row for row in rows if row["tier"] in (1, 2) and row["title"]]
+    if not low: raise BookError("no judged item is mismatched or irrelevant, so there is nothing to try; leave out --audit.")
     low = low[::max(len(low) // limit, 1)][:limit]
     found = []
     for name, changed in (("unchanged", lambda query, title: title), *ATTACKS.items()):
@@ -208,8 +210,8 @@ def coverage_words(compared: Compared) -> str:
     counts, queries = compared.counts, compared.table["query"].nunique()
     grades = ", ".join(f"{rating} is {TIERS[tier]}" for rating, tier in compared.scale.tiers.items())
     return (f"{counts['both']:,} pairs of {queries:,} queries were judged and labelled, of {counts['judged']:,} judged and "
-            f"{counts['labelled']:,} labelled; {counts['without an answer']:,} have no answer and count as wrong. "
-            f"On the labels' scale {grades}.")
+            f"{counts['labelled']:,} labelled; {counts['without an answer']:,} have no answer and count as wrong; "
+            f"{counts['mended']:,} have one because their chain was given its form. On the labels' scale {grades}.")
 
 def examples_block(
     apart: pd.DataFrame,  # from `parted`
@@ -276,4 +278,5 @@ def agree(
     found = agreement(compared.table)
     shown = rounded(found.loc[list(MEASURES)].rename(index=MEASURES))
     lines = [f"{name:44} {value}" for name, value in shown.itertuples(index=False)]
-    return "\n".join([verdict_sentence(found, ceiling(compared.raters)), *lines, f"The page: {page}"])
+    verdict = verdict_sentence(found, ceiling(compared.raters))
+    return "\n".join([verdict, coverage_words(compared), *lines, f"The page: {page}"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIER_RULES', 'PRECISIONS', 'greedy', 'continuation_logps', 'tier_probabilities', 'choose_tier', 'conclude',
-           'readable', 'forced_chains', 'compared_parts', 'usual_precision', 'Decoding', 'chains_before_tier',
+           'readable', 'compared_parts', 'forced_chains', 'usual_precision', 'Decoding', 'chains_before_tier',
            'answer_prompts']
 
 # %% ../../nbs/61_serving.answers.ipynb #an0002
@@ -123,6 +123,18 @@ def readable(
         if rest and (step == 1 or read_wish(part)): named.setdefault(name, part)
     return " ; ".join([category, *named.values()])
 
+# %% ../../nbs/61_serving.answers.ipynb #an0216c
+def compared_parts(
+    asked: str,     # step 1, readable
+    offered: str,   # step 2, likewise
+    step: int,      # 2 or 3
+) -> list[str]:     # each wants a last word
+    "What the third and the fourth step compare."
+    (category, *wishes), (other, *values) = (text.split(" ; ") for text in (asked, offered))
+    if step == 2: return [compared_categories(category, other)]
+    known = dict(value.split(" ", 1) for value in values)
+    return [f"{wish} {known.get(wish.split(' ', 1)[0], 'unknown')}" for wish in wishes]
+
 # %% ../../nbs/61_serving.answers.ipynb #an0217
 def forced_chains(
     model: PreTrainedModel,
@@ -158,17 +170,6 @@ def _compare(model, tokenizer, prompts, texts, steps, step):
         words = conclude(model, tokenizer, [prompts[place] + texts[place] for place in places], (RELATIONS, VERDICTS)[step - 2])
         for place, word in zip(places, words, strict=True): texts[place] += f" {word}"
     for place, own in enumerate(parts): texts[place] += "" if own else " none"
-
-def compared_parts(
-    asked: str,     # step 1, readable
-    offered: str,   # step 2, likewise
-    step: int,      # 2 or 3
-) -> list[str]:     # each wants a last word
-    "What the third and the fourth step compare."
-    (category, *wishes), (other, *values) = (text.split(" ; ") for text in (asked, offered))
-    if step == 2: return [compared_categories(category, other)]
-    known = dict(value.split(" ", 1) for value in values)
-    return [f"{wish} {known.get(wish.split(' ', 1)[0], 'unknown')}" for wish in wishes]
 
 # %% ../../nbs/61_serving.answers.ipynb #an0021
 PRECISIONS = {"double": torch.float64, "single": torch.float32}

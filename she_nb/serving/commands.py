@@ -171,8 +171,9 @@ def account(
         try: versions[name] = version(name)
         except PackageNotFoundError: continue
     speed = round(done.judged / done.seconds, 2) if done.judged and done.seconds else None
-    return {"rows": done.rows, "judged": done.judged, "reused": done.reused, "failed": done.failed, "review": done.review,
-            "status": dict(done.status), "tiers": {str(tier): done.tiers[tier] for tier in TIERS}, "pairs_per_second": speed,
+    return {"rows": done.rows, "judged": done.judged, "reused": done.reused, "failed": done.failed, "mended": done.mended,
+            "review": done.review, "status": dict(done.status),
+            "tiers": {str(tier): done.tiers[tier] for tier in TIERS}, "pairs_per_second": speed,
             "seconds": round(done.seconds, 1), "model": str(folder), "digest": judge.digest, "scale": judge.scale,
             "decoding": asdict(judge.decoding), "calibration": judge.calibration, "versions": versions}
 
@@ -185,6 +186,7 @@ def account_words(
     statuses = sorted(told["status"].items(), key=lambda one: -one[1])
     lines.append(("status", ", ".join(f"{name} {count:,}" for name, count in statuses)))
     lines.append(("tiers", ", ".join(f"{TIERS[int(tier)]} {count:,}" for tier, count in told["tiers"].items())))
+    if told["mended"]: lines.append(("mended", f"{told['mended']:,} chains were given their form"))
     if told["review"]: lines.append(("review", f"{told['review']:,} are left to people"))
     return "\n".join(f"{name:<9} {text}" for name, text in [*lines, ("model", told["model"])])
 

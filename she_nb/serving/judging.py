@@ -274,6 +274,7 @@ class Judged:
     status: Counter | None = None
     tiers: Counter | None = None
     review: int = 0        # that a calibration leaves to people
+    mended: int = 0        # whose chain was given its form
 
     @property
     def failed(self) -> int: return self.rows - self.status["ok"]
@@ -283,6 +284,7 @@ class Judged:
         self.status.update(row["status"] for row in rows)
         self.tiers.update(row["tier"] for row in rows if row["tier"])
         self.review += sum(bool(row["review"]) for row in rows)
+        self.mended += sum(bool(row["mended"]) for row in rows)
 
 # %% ../../nbs/62_serving.judging.ipynb #jg0123
 def judge_file(
