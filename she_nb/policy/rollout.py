@@ -111,11 +111,12 @@ class GroupCache(Cache):
     def expand(self, prompt_indices: Tensor, capacity: int) -> None:
         "Make room for `capacity` tokens of each response; `prompt_indices` names its prompt."
         self.place(prompt_indices)
+        self.responses = torch.arange(len(prompt_indices), device=prompt_indices.device)
         for layer in self.layers: layer.expand(len(prompt_indices), capacity)
 
     def keep(self, responses: Tensor) -> None:
         "Drop all responses but these, and the prompts that have none left."
-        prompts = self.place(self.prompt_indices[responses])
+        prompts, self.responses = self.place(self.prompt_indices[responses]), self.responses[responses]
         for layer in self.layers: layer.keep(responses, prompts)
 
     def by_prompt(self, states: Tensor) -> Tensor:  # (responses, heads, tokens, size) -> (prompts, heads, places x tokens, size)
@@ -161,6 +162,7 @@ class SampledResponse:
     "One sampled response and its log-probabilities."
     ids: list[int]       # sampled ids, the end token included where there is one
     logps: list[float]   # log-probabilities at the sampling temperature, one for each id
+    routes: Tensor | None = None  # of a mixture, where noted: experts of each token read, (prompt + response - 1, layers, active)
 
 # %% ../../nbs/22_policy.rollout.ipynb #c017
 def without_router_logits(model) -> dict:  # arguments for its forward pass
