@@ -9,7 +9,7 @@ __all__ = ['COMMON_CONFIG', 'Progress', 'last_checkpoint', 'run_training', 'sft_
 # %% ../../nbs/37_learning.sft.ipynb #3c1e4856
 import json
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from ..policy.packing import SequenceRow, join_chains
+from ..policy.packing import SequenceRow, join_chains, no_mask
 from ..policy.rollout import accept_sharing, takes_any_mask
 from ..task import Pair, StepTruth, prompt, render
 
@@ -108,8 +108,10 @@ def compact_head():
 class CompactSFTTrainer(SFTTrainer):
     "TRL's SFTTrainer without padding: a compact head, and chains one behind the other where the model allows (ours; TRL's loss)."
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if "lengths" in inputs: inputs["sharing"] = SequenceRow(inputs.pop("lengths"))
-        with compact_head(): return super().compute_loss(model, inputs, *args, **kwargs)
+        joined = "lengths" in inputs
+        if joined: inputs["sharing"] = SequenceRow(inputs.pop("lengths"))
+        with compact_head(), no_mask(model) if joined else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
 # %% ../../nbs/37_learning.sft.ipynb #19654b79
 def orthogonalize(
@@ -139,7 +141,7 @@ class Muon(torch.optim.AdamW):
         outer = {id(weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
                  if layer is not None for weight in layer.parameters()}
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        matrices = [weight for weight in trained if weight.ndim == 2 and id(weight) not in outer]
+        matrices = [weight for weight in trained if weight.ndim > 1 and id(weight) not in outer]  # 3: experts, a matrix each
         inner = {id(weight) for weight in matrices}
         groups = [{"params": [weight for weight in trained if id(weight) not in inner]}, {"params": matrices, "lr": matrix_lr}]
         super().__init__(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
@@ -152,12 +154,14 @@ class Muon(torch.optim.AdamW):
             state = self.state[weight]   # named as AdamW's own, so that checkpoints load
             if not state: state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight)}
             average = state["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
-            updates.setdefault(weight.shape, []).append((weight, weight.grad.lerp(average, self.momentum)))
+            update = weight.grad.lerp(average, self.momentum)
+            updates.setdefault(weight.shape[-2:], []).append((weight, update.view(-1, *weight.shape[-2:])))
             weight.grad = None   # AdamW passes it over
         for shape, rows in updates.items():
             size = 0.2 * max(shape) ** 0.5 * group["lr"]
-            for (weight, _), update in zip(rows, orthogonalize(torch.stack([update for _, update in rows])), strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+            whole = orthogonalize(torch.cat([update for _, update in rows])).split([len(update) for _, update in rows])
+            for (weight, _), update in zip(rows, whole, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(weight), alpha=size)
         return super().step(closure)
 
 # %% ../../nbs/37_learning.sft.ipynb #b2b2d3ee
