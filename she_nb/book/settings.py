@@ -293,9 +293,10 @@ def _check_adapter(settings, where):
     "BookError for what an adapter cannot do."
     if not settings.lora_rank: return
     for key in ("model", "judge_model"):
-        muon = key.replace("model", "muon_lr") if key == "judge_model" else "sft_muon_lr"
+        muon = {"model": "sft_muon_lr", "judge_model": "judge_muon_lr"}[key]
         if getattr(settings, key) != "qwen3-tiny" and getattr(settings, muon):
-            raise BookError(f"{where}: Muon trains whole matrices and lora_rank = {settings.lora_rank} an adapter; set {muon} = 0.")
+            raise BookError(f"{where}: Muon trains whole matrices and lora_rank = {settings.lora_rank} an adapter; "
+                            f"set {muon} = 0.")
     if settings.model == "qwen3-tiny":
         raise BookError(f"{where}: lora_rank = {settings.lora_rank} adapts a pre-trained model, and qwen3-tiny is none; "
                         "set lora_rank = 0, or model = smollm2.")

@@ -89,5 +89,6 @@ def train_dpo(
                        precompute_ref_log_probs=steps * batch > len(rows), lr_scheduler_type="cosine", max_length=None,
                        seed=seed, save_steps=max(steps // 4, 1), **common_config(**precision))
     trainer = CompactDPOTrainer(model, args=config, train_dataset=in_turns(Dataset.from_list(rows), tokenizer),
-                                processing_class=tokenizer, callbacks=[Progress(("loss", "rewards/accuracies", "rewards/margins"))])
+                                processing_class=tokenizer,
+                                callbacks=[Progress(("loss", "rewards/accuracies", "rewards/margins"))])
     return trainer, run_training(trainer, out)

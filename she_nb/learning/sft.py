@@ -194,7 +194,8 @@ def train_sft(
     **precision,          # of `common_config`
 ) -> list[dict]:          # one row for each step: step, loss, learning_rate, ...
     "Supervised fine-tuning with TRL's SFTTrainer; of a model with an adapter, the adapter."
-    if muon_lr and hasattr(model, "peft_config"): raise BookError("Muon trains whole matrices, not adapters; set sft_muon_lr = 0.")
+    if muon_lr and hasattr(model, "peft_config"):
+        raise BookError("Muon trains whole matrices, not adapters; set sft_muon_lr = 0.")
     config = SFTConfig(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr,
                        warmup_steps=max(steps // 20, 1), lr_scheduler_type="cosine", weight_decay=0.01, seed=seed,
                        max_length=None, save_steps=max(steps // 4, 1), **common_config(**precision))

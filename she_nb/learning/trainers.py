@@ -326,7 +326,7 @@ def rl_config(
 PROGRESS_METRICS = ("final_accuracy", "all_steps", "entropy", "advantage_std", "completions/mean_length")
 
 def train_rl(
-    model: PreTrainedModel | str,                  # from `policy_to_train` (beta > 0: TRL reloads a whole reference from its folder)
+    model: PreTrainedModel | str,                  # from `policy_to_train` (beta > 0: TRL opens a whole reference by its folder)
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Pair],                             # RL sees their truth and no annotator's chain
     config: GRPOConfig,                            # from `rl_config`
@@ -340,7 +340,8 @@ def train_rl(
     shared = engine == "shared"
     trainer = trainer_class(
         model, args=config, train_dataset=in_turns(rl_dataset(pairs, rule), tokenizer), processing_class=tokenizer, pairs=pairs,
-        shared_rollout=shared, packed_update=shared, callbacks=[*filter(None, [evaluation]), Progress(PROGRESS_METRICS)], **trainer_options)
+        shared_rollout=shared, packed_update=shared,
+        callbacks=[*filter(None, [evaluation]), Progress(PROGRESS_METRICS)], **trainer_options)
     return trainer, run_training(trainer, config.output_dir)
 
 # %% ../../nbs/38_learning.trainers.ipynb #338aa872
@@ -357,7 +358,8 @@ def train_judge(
         parsed = (parse(response_text(ids, table)) for ids in completion_ids)
         return [sum(oracle(response, pairs[i].truth)) / 2 for response, i in zip(parsed, row, strict=True)]
     trainer = SharedPromptTrainer(model, args=config, train_dataset=in_turns(rl_dataset(pairs, rule), tokenizer),
-                                  processing_class=tokenizer, reward_funcs=[open_steps], callbacks=[Progress(("reward", "entropy"))])
+                                  processing_class=tokenizer, reward_funcs=[open_steps],
+                                  callbacks=[Progress(("reward", "entropy"))])
     return run_training(trainer, config.output_dir)
 
 # %% ../../nbs/38_learning.trainers.ipynb #c024

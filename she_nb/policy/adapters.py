@@ -10,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
@@ -26,13 +27,13 @@ def with_adapter(
 ) -> PeftModel:
     "A model whose adapter is trained instead of its weights (LoRA, by peft)."
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    if "lm_head" in names: raise BookError("lora_targets: lm_head cannot have an adapter, the trainers read its weights; leave it out.")
+    if "lm_head" in names: raise BookError("lora_targets: lm_head can't have an adapter, trainers read its weights; leave it out.")
     set_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
     try: adapted = get_peft_model(model, config)
     except ValueError:
-        linear = sorted({name.split(".")[-1] for name, module in model.named_modules() if "Linear" in type(module).__name__} - {"lm_head"})
-        raise BookError(f"lora_targets = {targets}: the model has no such matrices; it has {', '.join(linear)}.") from None
+        linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        raise BookError(f"lora_targets = {targets}: the model has no such matrices; it has {', '.join(sorted(linear - {'lm_head'}))}.") from None
     adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return adapted
 

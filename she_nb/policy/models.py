@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['END', 'PAD', 'WHOLE_WORDS', 'INIT', 'DTYPES', 'bpe_tokenizer', 'train_tokenizer', 'corpus', 'new_model',
-           'model_folder', 'load_tokenizer', 'load_policy', 'save_policy', 'policy_to_train']
+           'model_folder', 'load_tokenizer', 'load_policy', 'check_model', 'save_policy', 'policy_to_train']
 
 # %% ../../nbs/20_policy.models.ipynb #c002
 import json
@@ -18,6 +18,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -111,8 +113,8 @@ def _opened(auto, name, **options):
     try: return auto.from_pretrained(model_folder(name), local_files_only=offline, **options)
     except BookError: raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise BookError(f"{name}: no model can be opened here ({str(error).splitlines()[0][:90]}); give {', '.join(SHIPPED)}, a folder "
-                        "with config.json, tokenizer.json and safetensors, or a hub id with HF_HUB_OFFLINE=0.") from error
+        raise BookError(f"{name}: no model can be opened here ({str(error).splitlines()[0][:90]}); give {', '.join(SHIPPED)}, a "
+                        "folder with config.json, tokenizer.json and safetensors, or a hub id with HF_HUB_OFFLINE=0.") from error
 
 def load_tokenizer(
     name: str | Path,  # of a model
@@ -133,9 +135,20 @@ def load_policy(
         raise BookError(f"{name}: its adapter belongs to other weights than those of {base}; put these back, or train it again.")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise BookError(f"{name}: its tokenizer has {len(tokenizer)} tokens, more than the model knows; take the model's own.")
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**special)
     model = model.to(PartialState().device)
     return (read_adapter(model, name, train) if base != name else model).eval(), tokenizer
+
+# %% ../../nbs/20_policy.models.ipynb #chk0002
+def check_model(
+    name: str | Path,  # a key of SHIPPED, a folder, or an id on a hub
+) -> None:
+    "Raise `BookError` for a model that cannot be trained here; its weights are not read."
+    config = _opened(AutoConfig, name)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BookError(f"{name}: is no causal language model ({config.model_type}); give one that writes from left to right.")
+    load_tokenizer(name)
 
 # %% ../../nbs/20_policy.models.ipynb #c19b
 def save_policy(

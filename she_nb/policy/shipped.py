@@ -83,7 +83,7 @@ def whole_folder(
                 half.rename(folder)
             finally: shutil.rmtree(half, ignore_errors=True)
     except OSError as error:
-        raise BookError(f"{folder}: {error.strerror or error}; free some space, or name another folder by SHE_NB_MODELS.") from None
+        raise BookError(f"{folder}: {error.strerror or error}; free some space, or name a folder by SHE_NB_MODELS.") from None
 
 # %% ../../nbs/20_policy.shipped.ipynb #sh010
 def shipped_model(
