@@ -27,13 +27,14 @@ def with_adapter(
 ) -> PeftModel:
     "A model whose adapter is trained instead of its weights (LoRA, by peft)."
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    if "lm_head" in names: raise BookError("lora_targets: lm_head can't have an adapter, trainers read its weights; leave it out.")
+    if "lm_head" in names: raise BookError("lora_targets: lm_head can't have an adapter, trainers read its weights; drop it.")
     set_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
     try: adapted = get_peft_model(model, config)
     except ValueError:
         linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        raise BookError(f"lora_targets = {targets}: the model has no such matrices; it has {', '.join(sorted(linear - {'lm_head'}))}.") from None
+        known = ", ".join(sorted(linear - {"lm_head"}))
+        raise BookError(f"lora_targets = {targets}: the model has no such matrices; it has {known}.") from None
     adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return adapted
 
@@ -62,7 +63,7 @@ def save_adapter(
     digest: str = "",   # of the base, from `base_digest`
 ) -> None:
     "Save what was trained, without the frozen weights and without a reference that a trainer keeps."
-    model.save_pretrained(str(folder), selected_adapters=["default"])
+    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     model.get_base_model().config.save_pretrained(folder)
     atomic_write(Path(folder) / BASE_FILE, json.dumps({"model": base_name(model), "sha256": digest}) + "\n")
 
