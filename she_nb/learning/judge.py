@@ -106,12 +106,13 @@ def load_judge(
     folder: str | Path,  # of the stage judge
     samples: int = 8,    # as of Judge, as is the next
     batch: int = 500,
+    dtype: torch.dtype = torch.float32,
 ) -> Judge:
     "Load the judge that a run of the stage left; raises `BookError` where there is none."
     path = Path(folder) / "judge.json"
     if not path.is_file(): raise BookError(f"{path}: not there; run the stage judge first.")
     settings = json.loads(path.read_text())
-    return Judge(*load_policy(folder), samples, settings["rule"], settings["new_tokens"], batch)
+    return Judge(*load_policy(folder, dtype), samples, settings["rule"], settings["new_tokens"], batch)
 
 # %% ../../nbs/32_learning.judge.ipynb #j15own
 def own_scores(

@@ -26,7 +26,7 @@ from trl import GRPOConfig
 from .advantage import advantage, shared_prefix_counts, to_tokens
 from .reward import Router, agreement, step_errors
 from .sampling import DifficultySampler
-from .sft import COMMON_CONFIG, Progress, run_training
+from .sft import Progress, common_config, in_turns, run_training
 from ..policy.sharing import SharedPromptTrainer, only_temperature
 from she_nb.task import (
     ORDERS,
@@ -308,6 +308,7 @@ def rl_config(
     max_new_tokens: int = 64,
     micro_batch: int = 0,        # responses in one forward pass; 0 takes all
     seed: int = 0,
+    **precision,                 # of `common_config`
 ) -> GRPOConfig:
     "One update for each generation batch; the loss is averaged within a response, then over responses (GRPO, TaoSR1)."
     size = prompts_per_step * group
@@ -318,13 +319,14 @@ def rl_config(
         lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup,
         lr_scheduler_kwargs={"num_decay_steps": max(steps // 4, 1), "decay_type": "linear", "min_lr_ratio": 0.0},
         temperature=temperature, beta=beta, epsilon=epsilon, loss_type="grpo", scale_rewards="group",
-        importance_sampling_level="token", max_completion_length=max_new_tokens, seed=seed, **COMMON_CONFIG)
+        importance_sampling_level="token", max_completion_length=max_new_tokens, seed=seed,
+        **common_config(**precision))
 
 # %% ../../nbs/38_learning.trainers.ipynb #c022
 PROGRESS_METRICS = ("final_accuracy", "all_steps", "entropy", "advantage_std", "completions/mean_length")
 
 def train_rl(
-    model: PreTrainedModel | str,                  # a policy, or its folder (beta > 0: TRL reloads the reference from it)
+    model: PreTrainedModel | str,                  # from `policy_to_train` (beta > 0: TRL opens a whole reference by its folder)
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Pair],                             # RL sees their truth and no annotator's chain
     config: GRPOConfig,                            # from `rl_config`
@@ -337,8 +339,9 @@ def train_rl(
     "GRPO, SRPO or any other registered credit rule: the arms differ in `credit` and `gamma` alone."
     shared = engine == "shared"
     trainer = trainer_class(
-        model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer, pairs=pairs, shared_rollout=shared,
-        packed_update=shared, callbacks=[*filter(None, [evaluation]), Progress(PROGRESS_METRICS)], **trainer_options)
+        model, args=config, train_dataset=in_turns(rl_dataset(pairs, rule), tokenizer), processing_class=tokenizer, pairs=pairs,
+        shared_rollout=shared, packed_update=shared,
+        callbacks=[*filter(None, [evaluation]), Progress(PROGRESS_METRICS)], **trainer_options)
     return trainer, run_training(trainer, config.output_dir)
 
 # %% ../../nbs/38_learning.trainers.ipynb #338aa872
@@ -354,8 +357,9 @@ def train_judge(
     def open_steps(completion_ids, row, **kwargs):
         parsed = (parse(response_text(ids, table)) for ids in completion_ids)
         return [sum(oracle(response, pairs[i].truth)) / 2 for response, i in zip(parsed, row, strict=True)]
-    trainer = SharedPromptTrainer(model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer,
-                                  reward_funcs=[open_steps], callbacks=[Progress(("reward", "entropy"))])
+    trainer = SharedPromptTrainer(model, args=config, train_dataset=in_turns(rl_dataset(pairs, rule), tokenizer),
+                                  processing_class=tokenizer, reward_funcs=[open_steps],
+                                  callbacks=[Progress(("reward", "entropy"))])
     return run_training(trainer, config.output_dir)
 
 # %% ../../nbs/38_learning.trainers.ipynb #c024

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .chat import framed
 from ..task import BookError, Pair, prompt, response_text, token_bytes
 
 # %% ../../nbs/22_policy.rollout.ipynb #c007
@@ -299,7 +300,7 @@ def generate(
     if group > 1 and temperature <= 0:
         raise BookError(f"a group of {group} greedy responses is one response; set temperature > 0.")
     torch.manual_seed(seed)
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    prompt_ids = tokenizer(framed(tokenizer, prompts), add_special_tokens=False)["input_ids"]
     uniforms = torch.rand(len(prompts), group, max_new_tokens)
     by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     size, responses = max(batch // group, 1), [None] * len(prompt_ids)
