@@ -253,6 +253,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'she_nb.book.plans.counted': ('book.plans.html#counted', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.draw_plans': ('book.plans.html#draw_plans', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.fitted_share': ('book.plans.html#fitted_share', 'she_nb/book/plans.py'),
+                                   'she_nb.book.plans.many': ('book.plans.html#many', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.memory_table': ('book.plans.html#memory_table', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.near': ('book.plans.html#near', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.plan_command': ('book.plans.html#plan_command', 'she_nb/book/plans.py'),

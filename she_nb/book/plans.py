@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CASE_SHAPES', 'COLUMNS', 'NUMBERS', 'training_rate', 'serving_rate', 'step_of', 'public_errors', 'case_errors',
            'fitted_share', 'run_rows', 'run_errors', 'within', 'both', 'near', 'check_words', 'verdict', 'memory_table',
-           'time_table', 'plan_text', 'plan_curve', 'plan_figure', 'preset_task', 'counted', 'asked_task',
+           'time_table', 'many', 'plan_text', 'plan_curve', 'plan_figure', 'preset_task', 'counted', 'asked_task',
            'asked_layouts', 'plan_command', 'draw_plans', 'plan_facts', 'add_plan']
 
 # %% ../../nbs/79_book.plans.ipynb #pn0002
@@ -214,6 +214,8 @@ def time_table(plan: Plan) -> list[str]:
     return [f"{'seconds of a step':<22}" + "".join(f"{name:>11}" for name in names),
             " " * 22 + "".join(f"{value:>11,.{digits}f}" for value in shown.values())]
 
+def many(count: float) -> str: return f"{count / 1e9:,.3g} billion" if count >= 1e9 else f"{count / 1e6:,.3g} million"
+
 def plan_text(
     plan: Plan,
     name: str,  # of the task
@@ -222,8 +224,8 @@ def plan_text(
     task, how = plan.task, plan.layout
     policy, batch = task.policy, task.batch
     at_work = active(policy) + policy.vocab * policy.hidden * (1 if policy.tied else 2)  # as models are named
-    judge = f"; judge: {size(task.judge) / 1e9:,.3g} billion" if task.judge else "; no judge"
-    lines = [f"{name[-40:]}: {size(policy) / 1e9:,.3g} billion parameters, {at_work / 1e9:,.3g} at work for a token{judge}",
+    judge = f"; judge: {many(size(task.judge))}" if task.judge else "; no judge"
+    lines = [f"{name[-30:]}: {many(size(policy))} parameters, {many(at_work)} at work for a token{judge}",
              f"{batch.prompts} x {batch.group} responses of {batch.response_tokens:,.0f} tokens ({batch.padded:,.0f} at most) to "
              f"prompts of {batch.prompt_tokens:,.0f}, {'packed' if batch.packed else 'padded'}",
              f"{how.gpus} {how.card.name}, {how.strategy}, {how.engines} engines, tensor {how.tensor}, expert {how.expert}"
