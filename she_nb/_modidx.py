@@ -219,6 +219,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'she_nb.book.planner.adapters': ('book.planner.html#adapters', 'she_nb/book/planner.py'),
                                      'she_nb.book.planner.around': ('book.planner.html#around', 'she_nb/book/planner.py'),
                                      'she_nb.book.planner.best_plan': ('book.planner.html#best_plan', 'she_nb/book/planner.py'),
+                                     'she_nb.book.planner.check_layout': ('book.planner.html#check_layout', 'she_nb/book/planner.py'),
                                      'she_nb.book.planner.decode_seconds': ('book.planner.html#decode_seconds', 'she_nb/book/planner.py'),
                                      'she_nb.book.planner.disk': ('book.planner.html#disk', 'she_nb/book/planner.py'),
                                      'she_nb.book.planner.first_fit': ('book.planner.html#first_fit', 'she_nb/book/planner.py'),

@@ -205,6 +205,7 @@ def memory_table(plan: Plan) -> list[str]:
         lines.append(_line(phase, cells))
     return lines
 
+# %% ../../nbs/79_book.plans.ipynb #pn022b
 def time_table(plan: Plan) -> list[str]:
     "Parts of a step in seconds."
     took = plan.seconds
@@ -243,6 +244,7 @@ def plan_curve(
     fewest = max(1 + (options.get("engines") == "separate"), options.get("tensor") or 1, options.get("expert") or 1)
     return [best_plan(task, card, gpus, **options) for gpus in COUNTS if gpus >= fewest]
 
+# %% ../../nbs/79_book.plans.ipynb #pn025b
 def plan_figure(
     plans: list[Plan],  # from `plan_curve`
     name: str = "",     # of the task
@@ -329,6 +331,7 @@ def asked_layouts(args, task: Task) -> tuple:  # args: gpus, gpu, strategy, engi
     return card, gpus, {"strategy": args.strategy or usual[0], "engines": args.engines or usual[1],
                         "tensor": counted(args, "tensor"), "expert": counted(args, "expert")}
 
+# %% ../../nbs/79_book.plans.ipynb #pn031b
 def plan_command(args) -> None:
     "`she-nb plan` (ours)."
     task, name = asked_task(args), args.model or args.preset
@@ -350,6 +353,7 @@ def draw_plans(plans: list[Plan], name: str, path: str) -> None:
     try: plan_figure(plans, name).savefig(path)
     except ValueError as error: raise BookError(f"{path}: {str(error)[:120]}; name a .png or .svg.") from None
 
+# %% ../../nbs/79_book.plans.ipynb #pn031c
 def plan_facts(plan: Plan, first: Plan | None) -> dict:
     "A plan for machines: bytes and seconds."
     how = plan.layout
