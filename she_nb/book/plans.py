@@ -259,7 +259,8 @@ def plan_figure(
         peaks = [{column: sum(phase.get(part, 0) for part in parts) / 1e9 for column, parts in COLUMNS.items()}
                  for phase in fullest]
         _stacks(axes[0], plans, peaks, "GB on each GPU, in its fullest phase")
-        _stacks(axes[1], plans, [plan.seconds for plan in plans], "seconds of a step")
+        took = [{part: value * plan.fits for part, value in plan.seconds.items()} for plan in plans]
+        _stacks(axes[1], plans, took, "seconds of a step, where it fits")
         usable = plans[0].layout.usable / 1e9
         axes[0].axhline(usable, color="black", lw=1)
         axes[0].set_ylim(0, 2.5 * usable)
