@@ -100,7 +100,8 @@ def _counted(config, path):
     for name, keys in KEYS.items():
         key = next((key for key in keys if config.get(key) is not None), keys[0])
         counts[name] = value = config.get(key) or 0
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0: continue
+        most = 10_000 if name == "layers" else 10**8
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < most: continue
         raise BookError(f"{path}: {key} = {str(value)[:40]!r} is no count; mend the configuration.")
     if missing := [KEYS[name][0] for name in ("layers", "hidden", "heads", "vocab", "ffn") if not counts[name]]:
         raise BookError(f"{path}: states no {' and no '.join(missing)}; give the config.json of a causal language model.")

@@ -226,7 +226,7 @@ def plan_text(
     policy, batch = task.policy, task.batch
     at_work = active(policy) + policy.vocab * policy.hidden * (1 if policy.tied else 2)  # as models are named
     judge = f"; judge: {many(size(task.judge))}" if task.judge else "; no judge"
-    lines = [f"{name[-30:]}: {many(size(policy))} parameters, {many(at_work)} at work for a token{judge}",
+    lines = [f"{name[-18:]}: {many(size(policy))} parameters, {many(at_work)} at work for a token{judge}",
              f"{batch.prompts} x {batch.group} responses of {batch.response_tokens:,.0f} tokens ({batch.padded:,.0f} at most) to "
              f"prompts of {batch.prompt_tokens:,.0f}, {'packed' if batch.packed else 'padded'}",
              f"{how.gpus} {how.card.name}, {how.strategy}, {how.engines} engines, tensor {how.tensor}, expert {how.expert}"
@@ -338,7 +338,8 @@ def plan_command(args) -> None:
     task, name = asked_task(args), args.model or args.preset
     card, gpus, options = asked_layouts(args, task)
     plan, first = best_plan(task, card, gpus, **options), first_fit(task, card, **options)
-    if not plan.fits and first is None:
+    if plan.fits and (first is None or gpus < first.layout.gpus): first = plan  # `first_fit` knows powers of two
+    if first is None:
         phase, most = best_plan(task, card, COUNTS[-1], **options).peak
         raise BookError(f"{name} fits on no number of {card.name} up to {COUNTS[-1]}: {phase} needs {most / 1e9:,.1f} of "
                         f"{plan.layout.usable / 1e9:,.1f} GB even there; take a larger card, --strategy fsdp2 or --lora 16.")
