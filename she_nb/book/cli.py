@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 
 from .graph import Book, Run, catalog_stem, delete_marks, has_record, open_book, pending, plan, prune, write_book
 from .kernels import warm
+from .plans import add_plan
 from .records import digest, parameters_of, read_record
 from .settings import SETTING_TYPES, presets, settings_table
 from .stages import StageError, declared, run_stage, stage_notebook
@@ -457,7 +458,7 @@ def parser() -> Parser:
     add_catalog(commands)
     add_pairs(commands)
     add_labels(commands)
-    for add in (add_judge, add_agree, add_calibrate, add_export, add_measure, add_sample, add_serve): add(commands)
+    for add in (add_judge, add_agree, add_calibrate, add_export, add_measure, add_sample, add_serve, add_plan): add(commands)
     add_pages(commands)
     *first, last = commands.choices
     commands.metavar = f"{', '.join(first)} or {last}"
