@@ -93,7 +93,7 @@ def choices(question: str) -> dict[str, tuple[str, object]]:  # key -> what stan
         ends = {1: "not at all", 5: "fully"}
         answers = {str(value): (ends.get(value, str(value)), value) for value in range(1, 6)}
     elif question.startswith("wrong"):
-        answers = {str(place): (name, place) for place, name in enumerate(STEPS, 1)} | {DONE: ("these, or none", None)}
+        answers = {str(place): (name, place) for place, name in enumerate(STEPS, 1)} | {DONE: ("done", None)}
     else: answers = dict(TIER_KEYS)
     return answers | {"0": (CANT_TELL, CANT_TELL)}
 

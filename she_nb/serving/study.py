@@ -20,7 +20,7 @@ from ..evidence.figures import canvas
 from ..evidence.page import whole_page
 from ..evidence.raters import findings, rater_agreements, study_sentences
 from .agreement import rounded
-from .rater import WORDS, Rater, choices
+from .rater import DONE, WORDS, Rater, choices
 from ..task import STEPS, TIERS, BookError, atomic_write
 
 # %% ../../nbs/68_serving.study.ipynb #st0005
@@ -73,7 +73,9 @@ def recap(said: dict, now: str) -> str:
 def ask_html(rater: Rater, trial: dict, question: str) -> str:
     "The question and its buttons."
     marked = rater.marks(trial["trial"], question) if question.startswith("wrong") else []
-    buttons = "".join(button(key, label, value in marked) for key, (label, value) in choices(question).items())
+    done = f"done: {', '.join(map(str, marked)) or 'none'} wrong"
+    buttons = "".join(button(key, done if key == DONE else label, value in marked)
+                      for key, (label, value) in choices(question).items())
     said = html.escape(recap(rater.progress.answers.get(trial["trial"], {}), question))
     return f'<h3>{WORDS[question]}</h3><div class="keys">{buttons}</div><p class="so-far">{said}</p>'
 
@@ -92,7 +94,8 @@ def study_html(
     "All that a rater sees."
     now, total, done = rater.now(), len(rater.trials), len(rater.progress.finished)
     name = html.escape(rater.name)
-    head = (f'<header><span>{name}: {done} of {total} done</span><progress max="{total}" value="{done}" '
+    trial = "guide" if guide else now[0]["trial"] if now else "end"
+    head = (f'<header data-trial="{trial}"><span>{name}: {done} of {total} done</span><progress max="{total}" value="{done}" '
             f'aria-label="done"></progress></header>')
     said = f'<p class="said" role="status" aria-live="polite">{html.escape(rater.said)}</p>'
     tools = f'<div class="tools">{button("b", "back")}{button("l", "later")}{button("g", "guidelines")}</div>'
@@ -127,7 +130,7 @@ STUDY_CSS = """
 .she-study li:first-child { border-top: 0; }
 .she-study li > b:first-child { font-weight: 500; color: #515158; }
 .she-study li[data-key] { cursor: pointer; }
-.she-study li.marked > span { text-decoration: line-through; text-decoration-color: #b3261e; }
+.she-study li.marked { background: #fbe9e7; }
 .she-study .wrong { color: #b3261e; font-weight: 600; }
 """
 
@@ -152,7 +155,9 @@ STUDY_CSS += """
 .she-study .thanks { font-size: 17px; padding: 20px 0; }
 @container (max-width: 34rem) {
   .she-study .chains { grid-template-columns: minmax(0, 1fr); }
-  .she-study li { grid-template-columns: 6.4em minmax(0, 1fr) auto; }
+  .she-study { padding: 10px; font-size: 14px; }
+  .she-study li { grid-template-columns: minmax(0, 1fr) auto; gap: 0 6px; }
+  .she-study li > b:first-child { grid-column: 1 / -1; font-size: 12px; }
   .she-study .keys { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.6em, 1fr)); gap: 6px; }
   .she-study .keys button { padding: 8px 6px; }
   .she-study h3 { font-size: 16px; }
@@ -167,7 +172,13 @@ function render({ model, el }) {
   el.setAttribute("data-lm-suppress-shortcuts", "true");
   el.setAttribute("role", "application");
   el.setAttribute("aria-label", "study");
-  const draw = () => { el.innerHTML = model.get("page"); };
+  let trial = "";
+  const draw = () => {
+    el.innerHTML = model.get("page");
+    const now = el.querySelector("header").dataset.trial;
+    if (trial && now !== trial) el.scrollIntoView({ block: "start" });
+    trial = now;
+  };
   const press = key => model.send({ key, count: model.get("count") });
   model.on("change:page", draw);
   draw();
@@ -213,8 +224,9 @@ def study_widget(
 
         def pressed(self, _, content, buffers):
             if content.get("count") != self.count: return
-            if self.guide or content.get("key") == "g": self.guide = not self.guide if content.get("key") == "g" else True
-            else:
+            if content.get("key") == "g":
+                self.guide, rater.since = not self.guide, rater.clock()     # reading them is no time of a trial
+            elif not self.guide:
                 try: rater.press(str(content.get("key")))
                 except BookError as error: rater.said = str(error)
             self.show()
