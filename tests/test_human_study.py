@@ -142,7 +142,7 @@ def test_the_notebook_runs_with_simulated_raters(tmp_path):
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     page = (tmp_path / "study/study.html").read_text()
-    assert "The raters are simulated" in page and "GSB" in page and "more often right" in page
+    assert "The raters are simulated" in page and "GSB" in page and "steady" in page
     assert not (tmp_path / "study/answers").exists()       # simulated answers are nobody's
     assert {"sheet.json", "sealed", "study.html", "findings.csv"} <= {path.name for path in (tmp_path / "study").iterdir()}
 
