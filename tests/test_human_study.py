@@ -12,10 +12,20 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from she_nb.evidence.people import CANT_TELL, Design, plan, read_answers, read_events, read_key, study_tables, write_plan
+from she_nb.evidence.people import (
+    CANT_TELL,
+    Design,
+    cases_of,
+    plan,
+    read_answers,
+    read_events,
+    read_key,
+    study_tables,
+    write_plan,
+)
 from she_nb.evidence.raters import findings
 from she_nb.evidence.simulated import Habits, invented_cases, simulate
-from she_nb.serving.rater import DONE, Rater, export_sheet, import_sheet
+from she_nb.serving.rater import DONE, Rater, export_sheet, import_sheet, two_models
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RATERS = ("ann", "bo", "cy")
@@ -132,6 +142,26 @@ def test_what_nobody_can_tell_is_no_answer(study, tmp_path):
     assert {row["value"] for row in rater.events} == {CANT_TELL}
     found = findings(*study_tables(*study[1:], read_answers(tmp_path / "study", study[1])))
     assert found.loc["GSB", "answers"] == 0 and found.loc["could not tell", "value"] == 1
+
+
+def judged_file(path, tiers):
+    "Rows as `she-nb judge` writes them."
+    rows = [{"query": f"red boots {i}", "doc_id": f"A-{i}", "title": f"Boots {i}", "tier": tier, "rating": str(tier),
+             "status": "ok", "asked": "boots ; color red", "item": "boots ; color red", "category": "boots boots same",
+             "attributes": f"color red red {'match' if tier == 4 else 'unknown'}"} for i, tier in enumerate(tiers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_two_files_of_judgments_become_a_study(tmp_path):
+    files = [judged_file(tmp_path / f"{name}.jsonl", tiers) for name, tiers in (("a", [4, 3] * 20), ("b", [4, 4] * 20))]
+    lines = ["query,docid,rating", *(f"red boots {i},A-{i},{4 - i % 2}" for i in range(40))]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    first, second = two_models(("a", "b"), judged=",".join(map(str, files)), labels=str(tmp_path / "labels.csv"), scale="tiers")
+    cases = cases_of(first, second)
+    assert (len(cases), sum(case.alike for case in cases), {case.true for case in cases}) == (40, 20, {3, 4})
+    sheet, key = plan(cases, Design(("a", "b"), ("ann",), compared=10, rated=10, again=0), "")
+    assert (key["counts"]["alike"], len(sheet["raters"]["ann"])) == (20, 20)
 
 
 def test_the_notebook_runs_with_simulated_raters(tmp_path):

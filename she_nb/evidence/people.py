@@ -295,6 +295,7 @@ def fold(
 # %% ../../nbs/59_evidence.people.ipynb #pp0031
 def read_events(
     path: str | Path,  # answers/<rater>.jsonl
+    plan: str = "",    # digest of the sheet that was answered; "" takes any
 ) -> list[dict]:
     "The clicks of a rater; a last row that was torn by a kill is left out."
     path, events = Path(path), []
@@ -304,6 +305,8 @@ def read_events(
         except ValueError: event = None
         if not isinstance(event, dict) or not {"trial", "question", "value", "closed", "seconds"} <= set(event):
             raise BookError(f"{path}: line {number} is no click of this study; restore the file, or move it away.")
+        if plan and event.get("sheet") != plan:
+            raise BookError(f"{path}: line {number} answers another sheet; bring that sheet back, or move the file away.")
         events.append(event)
     return events
 
@@ -312,7 +315,8 @@ def read_answers(
     sheet: dict,
 ) -> dict[str, Progress]:  # of those who have begun
     "What all raters have said."
-    events = {name: read_events(Path(folder) / ANSWERS / f"{name}.jsonl") for name in sheet["raters"]}
+    plan = digest(as_text(sheet))
+    events = {name: read_events(Path(folder) / ANSWERS / f"{name}.jsonl", plan) for name in sheet["raters"]}
     return {name: fold(sheet["raters"][name], rows) for name, rows in events.items() if rows}
 
 # %% ../../nbs/59_evidence.people.ipynb #pp0034

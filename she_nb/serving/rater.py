@@ -69,13 +69,14 @@ def two_models(
     reports: str | Path = "",  # reports/<name>
     judged: str = "",        # instead: two outputs of `she-nb judge`, with a comma between
     labels: str = "",        # people's labels of the judged pairs
+    **reading,               # of `open_labels`, for these
 ) -> list[dict[str, Explained]]:
     "The chains of two models, from records or from judged files."
     paths = [path.strip() for path in judged.split(",") if path.strip()]
     if len(names) != 2 or (not reports and len(paths) != 2):
         raise BookError(f"{len(names)} names and {len(paths)} judged files; give two arms with reports, or two files with names.")
     if reports: return [recorded_chains(reports, name) for name in names]
-    tiers = label_tiers(labels) if labels else {}
+    tiers = label_tiers(labels, **reading) if labels else {}
     return [judged_chains(path, tiers) for path in paths]
 
 # %% ../../nbs/68_serving.rater.ipynb #sr0008
@@ -137,9 +138,7 @@ class Rater:
     def refresh(self) -> None:
         "Read what is on the disk."
         data = self.path.read_bytes() if self.path.is_file() else b""
-        self.size, self.events, self.since = data.rfind(b"\n") + 1, read_events(self.path), self.clock()
-        if odd := next((row for row in self.events if row.get("sheet") != self.digest), None):
-            raise BookError(f"{self.path}: trial {odd['trial']} is of another plan; move the file away.")
+        self.size, self.events, self.since = data.rfind(b"\n") + 1, read_events(self.path, self.digest), self.clock()
 
     @property
     def progress(self): return fold(self.trials, self.events)
