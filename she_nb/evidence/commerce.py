@@ -106,7 +106,7 @@ class System(NamedTuple):
 
 def run_systems(
     predictions: Mapping[str, Mapping[int, pd.DataFrame]],  # arm -> seed -> predictions
-    items: pd.DataFrame,           # from `market`, of the same shoppers
+    markets: Mapping[int, pd.DataFrame],  # seed -> from `market`, of the same shoppers
     systems: Mapping[str, System],
     shoppers: Shoppers,
 ) -> pd.DataFrame:                 # a row for each system and seed: system, seed, ndcg, orders, gmv
@@ -116,7 +116,7 @@ def run_systems(
         for seed, table in predictions[next(iter(predictions)) if arm == "truth" else arm].items():
             if (key := (arm, recall, seed)) not in pages:
                 known = table.assign(tier_pred=table["tier_true"]) if arm == "truth" else table
-                pages[key] = shelf_pages(known, items, recall, seed=seed)
+                pages[key] = shelf_pages(known, markets[seed], recall, seed=seed)
             scores = ranking_scores(pages[key], ranking, weight, shoppers)
             rows.append({"system": name, "seed": seed} | page_numbers(pages[key], scores, shoppers))
     return pd.DataFrame(rows, columns=["system", "seed", "ndcg", "orders", "gmv"])
