@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from she_nb.book.graph import open_book, plan
 from she_nb.book.stages import run_stage
 from she_nb.evidence.commerce import RANKINGS, WITHIN, Pages, page_numbers, ranking_scores
 from she_nb.learning.shoppers import (
@@ -133,3 +134,14 @@ def test_predictions_know_the_tier_of_a_signed_answer():
     plain, signed = (prediction(PAIRS[0], chain, "wild") for chain in
                      (render(PAIRS[0].truth), with_level(render(PAIRS[0].truth), 2)))
     assert plain == signed and signed["step_5"] == 1
+
+
+def test_the_arms_with_signs_differ_in_their_reward_alone():
+    "Both begin with one first model of their own, made of the data that all arms share; no other run knows of them."
+    runs = {run.key: run for run in plan(open_book("tiny", studies=True))}
+    assert runs["sft-sft_valued-s0"].needs == ("data-all-s0",)
+    ours, theirs = (runs[f"train-{arm}-s0"] for arm in ("srpo_valued", "srpo_unvalued"))
+    assert ours.needs == theirs.needs == ("data-all-s0", "sft-sft_valued-s0")
+    differing = {name for name in ours.parameters if ours.parameters[name] != theirs.parameters[name]}
+    assert differing == {"arm", "reward"} and ours.parameters["reward"] == "valued"
+    assert {run.stage for run in runs.values() if "sft-sft_valued-s0" in run.needs} == {"train", "evaluate", "report"}
