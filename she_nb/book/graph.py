@@ -186,8 +186,8 @@ class SeedPlan:
         return self.runs[run.key]
 
     def world(self, own: Settings) -> Settings:
-        "The preset with an arm's wishes and slips."
-        return replace(self.settings, wishes=own.wishes, slips=own.slips)
+        "The preset with an arm's wishes and slips, and with the teacher of its first model."
+        return replace(self.settings, wishes=own.wishes, slips=own.slips, teacher=own.teacher)
 
     def world_name(self, own: Settings, *words: str) -> str:
         "Words, and wishes and slips where they are not the preset's; `all` where nothing is left."

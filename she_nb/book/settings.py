@@ -53,7 +53,7 @@ class WarmSettings(TaskSettings):
     sft_batch: int  # chains per step
     sft_lr: float  # its learning rate
     sft_muon_lr: float  # of Muon, for the matrices of the layers; 0: AdamW for all
-    teacher: str  # whose chains it imitates: annotator, or truth
+    teacher: str  # whose chains it imitates: annotator, truth, or valued, the annotator's with signs that say nothing yet
     dpo_pairs: int  # pairs that the policy is asked about
     dpo_samples: int  # answers to each
     dpo_steps: int  # optimizer steps
@@ -108,7 +108,7 @@ class Settings(LearningSettings):
     selection: str  # of RL's prompts: random, rejection, steps or diversified
     curriculum: str  # single, easy_to_hard, hard_to_easy or shuffled
     start: str  # what RL begins with: sft or dpo
-    reward: str  # who rewards the steps: hybrid, judge, verifier or oracle
+    reward: str  # who rewards the steps: hybrid, judge, verifier, oracle, or valued, an oracle that knows sales
     judge_samples: int  # chains that the judge writes of a pair; 0: one greedy chain
     judge_flip: float  # share of the judge's values that are turned round
     refill: int  # rounds of dynamic sampling that ask others in place of prompts whose answers agree
@@ -132,8 +132,8 @@ LIMITS = {"data_seed": (0, 2**31), "lora_rank": (0, 4096), "lora_alpha": (0.01, 
           "gae_lambda": (0, 1), "critic_steps": (0, 10**6)}
 CHOICES = {"dtype": ("fp32", "bf16"), "rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
            "reading": ("group", "step", "return"), "slips": ("all", "shown"), "engine": ("shared", "trl"),
-           "teacher": ("annotator", "truth"), "dpo_prefer": ("tier", "steps"), "start": ("sft", "dpo"),
-           "reward": ("hybrid", "judge", "verifier", "oracle"),
+           "teacher": ("annotator", "truth", "valued"), "dpo_prefer": ("tier", "steps"), "start": ("sft", "dpo"),
+           "reward": ("hybrid", "judge", "verifier", "oracle", "valued"),
            "selection": ("random", "rejection", "steps", "diversified", "dynamic"),
            "curriculum": ("single", "easy_to_hard", "hard_to_easy", "shuffled")}
 SETTING_TYPES = {f.name: f.type for f in fields(Settings) if f.name not in ("preset", "declared")}
@@ -182,7 +182,7 @@ def _sections(path):
 RULES = ("srpo", "dpo", "ppo", *CREDIT_RULES)  # arms that need no line in [arms]; srpo stands for the reading of the settings
 RL_CHANGES = ("rl_steps", "prompts_per_step", "group_size", "rl_lr", "warmup_steps", "temperature", "reading", "gamma", "beta",
               "clip_epsilon", "gae_lambda", "critic_steps", "selection", "curriculum", "start", "reward", "refill", "judge_share",
-              "judge_samples", "judge_flip", "wishes", "slips")
+              "judge_samples", "judge_flip", "teacher", "wishes", "slips")
 CHANGES = {"sft": ("order", "teacher", "wishes", "slips"), "floor": ("order",),
            "dpo": ("dpo_sft", "dpo_beta", "dpo_prefer", "wishes", "slips"),
            **dict.fromkeys(("srpo", "ppo", *CREDIT_RULES), RL_CHANGES)}  # rule -> what an arm may change by its name

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from .judge import Claim, Judge
+from .shoppers import read_level, value_factor
 from ..task import ORDERS, BookError, Pair, Parsed
 
 # %% ../../nbs/34_learning.reward.ipynb #c005
 REWARDS = {"hybrid": ("judge", "judge", "verifier", "verifier", "verifier"),   # TaoSR-SHE, Eq. 5
            "judge": ("judge",) * 5,                                            # its ablation: reward model only
            "verifier": ("none", "none", "verifier", "verifier", "verifier"),   # ours: what needs no model
-           "oracle": ("oracle", "oracle", "verifier", "verifier", "verifier")} # ours: the best that a judge could be
+           "oracle": ("oracle", "oracle", "verifier", "verifier", "verifier"), # ours: the best that a judge could be
+           "valued": ("oracle", "oracle", "verifier", "verifier", "verifier")} # ours: with a sixth reward, what the item sells
 
 # %% ../../nbs/34_learning.reward.ipynb #a5aee3d2
 def flipped(
@@ -38,9 +40,12 @@ class Router:
         judge: Judge | None = None,  # needed where a source is the judge
         order: str = "think_first",  # a key of ORDERS
         flip: float = 0.0,           # share of the judge's values that are turned round
+        levels: dict[str, int] | None = None,  # item's id -> how it sells, from `market`; for valued alone
     ):
         if sources not in REWARDS: raise BookError(f"reward = {sources} is unknown; use one of {', '.join(REWARDS)}.")
-        self.sources, self.judge, self.order, self.flip = REWARDS[sources], judge, order, flip
+        self.sources, self.judge, self.order, self.flip, self.levels = REWARDS[sources], judge, order, flip, levels or {}
+        if bool(levels) != (sources == "valued"):
+            raise BookError("The levels of items and reward = valued go together; give both or neither.")
         if judge is None and "judge" in self.sources:
             raise BookError(f"reward = {sources} needs a judge; give the folder of the stage judge, or take oracle or verifier.")
 
@@ -60,6 +65,8 @@ class Router:
         "Reward every step; a missing or malformed step gets 0."
         rewards = truths.clone()
         rewards[:, [source == "none" for source in self.sources]] = math.nan
+        for row, response in enumerate(parsed if self.levels else []):
+            rewards[row, 4] *= value_factor(read_level(response), self.levels.get(pairs[row].item_id))
         places = self.judge_mask(truths).nonzero().tolist()
         claimed = [(row, step) for row, step in places if step in parsed[row].texts]
         for row, step in places: rewards[row, step] = 0.0
