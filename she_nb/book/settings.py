@@ -35,6 +35,8 @@ class TaskSettings:
     hidden_size: int  # width of the model
     layers: int  # decoder layers
     heads: int  # attention heads
+    experts: int  # of each layer, in a mixture of experts; 0: one dense layer for all tokens
+    active_experts: int  # of these, that read a token
     rule: str  # the tier rule in the prompt: "full" or "brief"
     order: str  # order of the chain's steps
     max_completion: int  # tokens of a response at most
@@ -117,11 +119,13 @@ class Settings(LearningSettings):
     select_pairs: int  # pairs that the policy is asked about beforehand
     select_samples: int  # answers to each
     engine: str  # of rollouts and updates: shared, or trl
+    replay: int  # 1: the update of a mixture takes the routes of the rollout
     threads_sft: int  # threads of fine-tuning
     threads_train: int  # threads of each training arm
 
 # %% ../../nbs/70_book.settings.ipynb #f197658b
 LIMITS = {"data_seed": (0, 2**31), "lora_rank": (0, 4096), "lora_alpha": (0.01, 10**4), "checkpointing": (0, 1),
+          "experts": (0, 1024), "replay": (0, 1),
           "micro_batch": (0, 10**6), "vocab_size": (300, 10**6), "group_size": (2, 1024), "warmup_steps": (0, 10**6),
           "dpo_samples": (2, 1024), "select_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100),
           "dpo_sft": (0, 100), "judge_lr": (1e-8, 1), "judge_rl_lr": (1e-8, 1),
@@ -160,7 +164,8 @@ def _checked(where, key, text):
     if key in CHOICES and value not in CHOICES[key]:
         raise BookError(f"{where}: {key} = {text} is unknown; use one of {', '.join(CHOICES[key])}.")
     if key == "wishes": wish_shares(value)
-    if value in ("", ()): raise BookError(f"{where}: {key} is empty; give it {TYPE_NAMES[SETTING_TYPES[key]]}.")
+    if value in ("", ()) and key != "questions":
+        raise BookError(f"{where}: {key} is empty; give it {TYPE_NAMES[SETTING_TYPES[key]]}.")
     if isinstance(value, tuple) and len(set(value)) < len(value):
         raise BookError(f"{where}: {key} = {text} repeats a value; name each once.")
     return value
@@ -304,6 +309,21 @@ def _check_adapter(settings, where):
         if variant(settings, arm)[0] == "ppo":
             raise BookError(f"{where}: the critic of {arm} is a second whole model; leave it out, or set lora_rank = 0.")
 
+# %% ../../nbs/70_book.settings.ipynb #experts1
+def _check_experts(settings, where):
+    "BookError for a mixture that cannot be made."
+    if not settings.experts: return
+    if settings.model != "qwen3-tiny":
+        raise BookError(f"{where}: experts = {settings.experts} makes a mixture from scratch, and {settings.model} is trained; "
+                        "set experts = 0.")
+    if settings.active_experts >= settings.experts or 3 * settings.hidden_size % settings.active_experts:
+        raise BookError(f"{where}: active_experts = {settings.active_experts} must be fewer than experts = {settings.experts} "
+                        f"and divide three times hidden_size ({3 * settings.hidden_size}).")
+    for arm in settings.arms:
+        if settings.replay and (settings.engine != "shared" or variant(settings, arm)[0] == "ppo"):
+            raise BookError(f"{where}: replay = 1 notes routes in the book's own rollout, for all arms but ppo; "
+                            "set replay = 0, or engine = shared and leave out ppo.")
+
 # %% ../../nbs/70_book.settings.ipynb #8df1e11a
 def presets() -> tuple[str, ...]:  # names of the sections
     "The presets that settings.ini has (ours)."
@@ -327,6 +347,7 @@ def load_settings(
     settings = Settings(preset, _declared(sections, file), **values)
     _check_arms(settings, where)
     _check_adapter(settings, where)
+    _check_experts(settings, where)
     if settings.hidden_size % (2 * settings.heads):
         raise BookError(f"{where}: hidden_size = {settings.hidden_size} is no multiple of twice heads = {settings.heads}; "
                         "each head needs an even width.")
