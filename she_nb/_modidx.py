@@ -1456,6 +1456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'she_nb.shop.audit.Marker.mark': ('shop.audit.html#marker.mark', 'she_nb/shop/audit.py'),
                                    'she_nb.shop.audit.Marker.text': ('shop.audit.html#marker.text', 'she_nb/shop/audit.py'),
                                    'she_nb.shop.audit.as_csv': ('shop.audit.html#as_csv', 'she_nb/shop/audit.py'),
+                                   'she_nb.shop.audit.as_parquet': ('shop.audit.html#as_parquet', 'she_nb/shop/audit.py'),
                                    'she_nb.shop.audit.audit_result': ('shop.audit.html#audit_result', 'she_nb/shop/audit.py'),
                                    'she_nb.shop.audit.built_pairs': ('shop.audit.html#built_pairs', 'she_nb/shop/audit.py'),
                                    'she_nb.shop.audit.counts_text': ('shop.audit.html#counts_text', 'she_nb/shop/audit.py'),
