@@ -4,8 +4,12 @@ import gzip
 import io
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -220,3 +224,76 @@ def test_any_bytes_end_in_rows_or_a_sentence(tmp_path, data, ending, seed, piece
     path.write_bytes(data)
     try: read_products(path, skip_bad=.9)
     except BookError as error: assert len(str(error)) <= 320
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import pyarrow.parquet
+from she_nb.shop.products import read_products
+def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+Path("/proc/self/clear_refs").write_text("5")
+floor = peak()
+products, _ = read_products(sys.argv[1])
+print(len(products), peak() - floor)
+"""
+
+
+def large_file(folder, ending, count=12_000):
+    "A feed of some megabytes, and how large it is unpacked."
+    rows = [{"title": f"mug {k} with a handle and a spoon", "category": f"home > mugs {k % 300}", "price": f"{k % 97}.50",
+             "attributes": json.dumps({f"trait {j}": f"value {k * j % 5003}" for j in range(6)})} for k in range(count)]
+    path, table = folder / f"large{ending}", io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), delimiter="\t" if ending == ".tsv" else ",")
+    writer.writeheader(), writer.writerows(rows)
+    fields = ("".join(f"<{name}>{value.replace('>', '&gt;')}</{name}>" for name, value in row.items()) for row in rows)
+    texts = {".jsonl": "\n".join(map(json.dumps, rows)), ".json": json.dumps({"count": count, "products": rows}),
+             ".xml": f"<rss>{''.join(f'<item>{text}</item>' for text in fields)}</rss>"}
+    text = texts.get(ending, table.getvalue()).encode()
+    if ending == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else: path.write_bytes(gzip.compress(text) if ending == ".csv.gz" else text)
+    return path, len(text)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json", ".xml", ".parquet", ".csv.gz"])
+def test_reading_takes_less_than_twenty_times_the_file(tmp_path, ending):
+    path, size = large_file(tmp_path, ending)
+    done = subprocess.run([sys.executable, "-c", PEAK, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    count, kilobytes = map(int, done.stdout.split())
+    assert count == 12_000 and kilobytes * 1024 < 20 * size, f"{kilobytes * 1024 / size:.1f} times"
+
+
+SOURCES = {
+    "levels with numbers": ("name,shop_category_l1,shop_category_l2", lambda kind, k: f"home,{kind}s"),
+    "a collection": ("name,collection", lambda kind, k: f"{kind}s"),
+    "links": ("name,page_url", lambda kind, k: f"https://a.example/en/home/{kind}s/{k}.html"),
+    "tags": ("name,tags", lambda kind, k: f"sale|{kind}s|blue"),
+    "codes before names": ("name,google_product_category", lambda kind, k: f"{40 + len(kind)} - Home > {kind}s"),
+}
+THINGS = [f"{word} {kind}" for word in ("Blue", "Tall", "Plain", "Old", "New") for kind in ("mug", "bowl", "vase")]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_categories_that_no_column_is_named_for(shop, kind):
+    header, cell = SOURCES[kind]
+    products, reading = shop("\n".join([header, *(f"{thing},{cell(thing.split()[1], k)}" for k, thing in enumerate(THINGS))]))
+    assert {product.category[-1] for product in products} == {"mugs", "bowls", "vases"} and len(products) == len(THINGS)
+    named = "category" in header
+    assert named or any("no column" in said for said in warnings_of(reading))
+
+
+UNSURE = {"seasons": ("name,collection", lambda kind, k: f"summer {k % 2}"),
+          "a link to each product alone": ("name,link", lambda kind, k: f"https://a.example/{kind}-{k}"),
+          "numbers": ("name,google_product_category", lambda kind, k: str(40 + len(kind))),
+          "colors as tags": ("name,tags", lambda kind, k: "blue|new")}
+
+
+@pytest.mark.parametrize("kind", UNSURE)
+def test_categories_are_never_guessed(shop, kind):
+    header, cell = UNSURE[kind]
+    with pytest.raises(BookError, match="no column 'category'"):
+        shop("\n".join([header, *(f"{thing},{cell(thing.split()[1], k)}" for k, thing in enumerate(THINGS))]))

@@ -257,7 +257,7 @@ LABEL_OPTIONS = {"products": "items of the labels: the export of any shop, by an
 
 def labels_command(args) -> None:  # args: file, catalog, output, and LABEL_OPTIONS
     "`she-nb labels`: what a file of labels says, and its pairs (ours)."
-    from she_nb.evidence.labelled import labels_words, pairs_text
+    from she_nb.evidence.said import labels_words, pairs_text
     from she_nb.shop.catalog import load_catalog
     from she_nb.shop.judged import label_data, open_labels
     opened, locale = open_labels(args.file, args.queries, args.fields, args.scale, args.locale), args.locale

@@ -37,6 +37,7 @@ from she_nb.shop.attributes import (
     without_phrases,
 )
 from .columns import Mapping
+from .feeds import Reading
 from .nested import named
 from she_nb.shop.products import (
     Product,
@@ -293,6 +294,7 @@ class Catalog:
     name: str
     products: list[Product]
     lexicon: Lexicon = field(default_factory=Lexicon)
+    reading: Reading | None = None   # what came of reading its file
 
     def __post_init__(self): self.products, self.cuts = finalize_products(self.products, self.lexicon.title_synonyms)
 
@@ -361,12 +363,12 @@ def load_catalog(
 ) -> Catalog:                                             # named after the file
     "A validated catalogue; any bad row or file raises one `BookError`."
     allowed = None if categories is None else {read_category(category) for category in categories}
-    products, _ = read_products(path, columns, skip_bad, encoding, allowed)
+    products, reading = read_products(path, columns, skip_bad, encoding, allowed)
     count = len({product.category for product in products})
     if len(products) < LEAST_PRODUCTS or count < LEAST_CATEGORIES:
         raise BookError(f"{path}: {len(products)} products in {count} categories are too few to build pairs from; "
                         f"give at least {LEAST_PRODUCTS} products in {LEAST_CATEGORIES} categories.")
-    return Catalog(Path(path).stem, products, lexicon or Lexicon())
+    return Catalog(Path(path).stem, products, lexicon or Lexicon(), reading)
 
 # %% ../../nbs/12_shop.catalog.ipynb #c091
 def load_lexicon(
@@ -389,4 +391,5 @@ def embedded() -> Catalog:  # named "embedded"
     "The catalogue that comes with the book: 2,400 products that we made up."
     folder = Path(she_nb.__file__).resolve().parents[1] / "data"
     catalog = load_catalog(folder / "catalog.jsonl", lexicon=load_lexicon(folder / "lexicon.json"))
-    return replace(catalog, name="embedded")
+    catalog.name = "embedded"
+    return catalog

@@ -209,7 +209,7 @@ def values_of(text: str) -> tuple[tuple[str, ...], bool]:  # short enough ones, 
     kept = tuple(part for part in parts if len(part) <= LONGEST_VALUE)
     return kept, len(kept) < len(parts)
 
-known_values = lru_cache(maxsize=2**16)(values_of)  # of short texts, which recur
+known_values = lru_cache(maxsize=2**15)(values_of)  # of short texts, which recur
 
 @lru_cache(maxsize=2**12)
 def trait(name: str) -> str:
@@ -253,7 +253,7 @@ MONEY = re.compile(r"(?P<before>[^\d\s.,'-]{0,4}\.?)\s*(?P<minus>[-−])?\s*(?P<
                    r"(?P<number>\d+(?:[.,'’ \u00a0\u202f]\d+)*)(?:[.,][-–—]+)?\s*(?P<after>[^\d\s.,'-]{0,4}\.?)")
 
 # %% ../../nbs/11_shop.cells.ipynb #c030
-@lru_cache(maxsize=2**16)
+@lru_cache(maxsize=2**14)
 def money(text: str) -> tuple[str, str] | None:  # currency or "", and the number with its sign and marks; None for other text
     "A price in its parts."
     if len(text) > 60 or not (found := MONEY.fullmatch(text.strip())): return None
@@ -264,7 +264,7 @@ def money(text: str) -> tuple[str, str] | None:  # currency or "", and the numbe
     return signs[0] if signs else "", ("-" if found["minus"] else "") + number
 
 # %% ../../nbs/11_shop.cells.ipynb #c032
-@lru_cache(maxsize=2**16)
+@lru_cache(maxsize=2**14)
 def decimal_shown(number: str) -> str:  # "." or ","; "" where it shows none; "?" where it could be either
     "Which decimal mark a number shows."
     number = number.lstrip("-")
@@ -275,7 +275,7 @@ def decimal_shown(number: str) -> str:  # "." or ","; "" where it shows none; "?
     whole, digits = number.split(marks)
     return marks if len(digits) != 3 or len(whole) > 3 or whole.startswith("0") else "?"
 
-@lru_cache(maxsize=2**16)
+@lru_cache(maxsize=2**14)
 def amount(
     number: str,       # from `money`
     decimal: str,      # "." or ","

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BREAKS', 'ELEMENTS', 'HTML_TAG', 'PLAIN', 'SILENT', 'CHAIN_MARKS', 'LONGEST_WORD', 'known_word', 'PRICE',
-           'known_attributes', 'READERS', 'Product', 'clean_text', 'lower_case', 'clean_word', 'new_word', 'one_word',
-           'read_title', 'clean_path', 'read_category', 'read_price', 'as_object', 'read_values', 'read_attributes',
-           'new_attributes', 'read_name', 'read_row', 'check_rows', 'raise_row_errors', 'unfilled', 'read_products',
-           'write_bad']
+           'MOST_SHARED', 'known_attributes', 'READERS', 'Product', 'clean_text', 'lower_case', 'clean_word',
+           'new_word', 'one_word', 'read_title', 'clean_path', 'read_category', 'read_price', 'as_object',
+           'read_values', 'read_attributes', 'new_attributes', 'read_name', 'read_row', 'problems_of', 'check_rows',
+           'raise_row_errors', 'unfilled', 'read_products', 'write_bad']
 
 # %% ../../nbs/11_shop.products.ipynb #prd0002
 import csv
@@ -29,7 +29,7 @@ from .feeds import Feed, Reading, named_counts
 from ..task import BookError, atomic_write
 
 # %% ../../nbs/11_shop.products.ipynb #c006
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Product:
     "What a seller states about one item; all but the title and the id in lower case."
     id: str
@@ -84,7 +84,7 @@ def new_word(text: str) -> str:
     if len(word) > LONGEST_WORD: word = f"{word[:LONGEST_WORD - 6].rstrip()}… {zlib.crc32(word.encode()) & 0xffff:04x}"
     return "" if word in SILENT else word
 
-known_word = lru_cache(2**17)(new_word)  # of names and values, which recur
+known_word = lru_cache(2**15)(new_word)  # of names and values, which recur
 
 @lru_cache(2**14)
 def one_word(name: str) -> str:
@@ -101,7 +101,7 @@ def read_title(value) -> str:
     return title
 
 # %% ../../nbs/11_shop.products.ipynb #c019
-@lru_cache(2**16)
+@lru_cache(2**15)
 def clean_path(levels: tuple[str, ...]) -> tuple[str, ...]:
     "The levels of a category, cleaned."
     return tuple(map(clean_word, levels))
@@ -161,13 +161,15 @@ def read_values(
     return tuple(dict.fromkeys(word for item in values if (word := clean_word(str(item)))))
 
 # %% ../../nbs/11_shop.products.ipynb #c028
+MOST_SHARED = 12  # attributes of products among which others are looked for that state the same (ours)
+
 def read_attributes(
     value,                         # see `as_object`
 ) -> dict[str, tuple[str, ...]]:   # one-word name -> values; attributes that state nothing are dropped
     "All stated attributes; products that state the same share one object."
     stated = as_object(value)
-    lists = set(map(type, stated.values())) == {list} and set(map(type, chain.from_iterable(stated.values()))) <= {str}
-    if not lists: return new_attributes(stated.items())
+    lists = set(map(type, stated.values())) <= {list} and set(map(type, chain.from_iterable(stated.values()))) <= {str}
+    if not lists or len(stated) > MOST_SHARED: return new_attributes(stated.items())
     return known_attributes(tuple([(name, tuple(item)) for name, item in stated.items()]))
 
 def new_attributes(pairs: Iterable) -> dict[str, tuple[str, ...]]:
@@ -181,7 +183,7 @@ def new_attributes(pairs: Iterable) -> dict[str, tuple[str, ...]]:
         if name and values: attributes[name] = tuple(dict.fromkeys(attributes[name] + values)) if name in attributes else values
     return attributes
 
-known_attributes = lru_cache(2**16)(new_attributes)
+known_attributes = lru_cache(2**14)(new_attributes)
 
 # %% ../../nbs/11_shop.products.ipynb #c031
 def read_name(value) -> str | None:
@@ -201,18 +203,23 @@ def read_row(
     number: int,   # for the id of a product that has none
 ) -> tuple[Product | None, list[str]]:  # the product, or the problem of each bad field
     "One product from one row (ours)."
-    read, problems = {}, []
-    for name, reader in READERS.items():
-        try: read[name] = reader(row.get(name))
-        except BookError as error: problems.append(f"{name} {error}")
-    problems += row.get("problems", [])
-    if problems: return None, problems
+    try: read, problems = {name: reader(row.get(name)) for name, reader in READERS.items()}, []
+    except BookError: problems = problems_of(row)
+    if problems := problems + row.get("problems", []): return None, problems
     attributes = read["attributes"]
     brands = [attributes[name][0] for name in ("brand", "brand-name") if name in attributes]
     if brands: attributes = {name: values for name, values in attributes.items() if name not in ("brand", "brand-name")}
-    brand = clean_word(read["brand"] or "") or next(iter(brands), None)
+    brand = clean_word(read["brand"] or "") or (brands[0] if brands else None)
     return Product(read["id"] or f"row-{number}", read["title"], read["category"], attributes, brand, read["price"],
                    group=read["group"]), []
+
+def problems_of(row: dict) -> list[str]:
+    "What is wrong with each field of a row."
+    problems = []
+    for name, reader in READERS.items():
+        try: reader(row.get(name))
+        except BookError as error: problems.append(f"{name} {error}")
+    return problems
 
 # %% ../../nbs/11_shop.products.ipynb #c036
 def check_rows(
@@ -220,7 +227,7 @@ def check_rows(
     allowed: set[tuple[str, ...]] | None = None,   # category paths; None allows all
 ) -> tuple[list[Product], dict[int, list[str]]]:   # valid products, and the problems of each bad row by its number
     "Products and problems of all rows: fields, ids that repeat, categories outside a given list."
-    products, problems_by_row, first_row = [], {}, {}
+    products, problems_by_row, first_row, known = [], {}, {}, {}
     for number, row in rows:
         if isinstance(row, BookError): product, problems = None, [str(row)]
         elif not isinstance(row, dict): product, problems = None, ["is not an object; write {\"title\": ...}"]
@@ -230,7 +237,7 @@ def check_rows(
             problems.append(f"category '{path}' is an unknown category path; take one of the given list")
         if product and first_row.setdefault(product.id, number) != number:
             problems.append(f"id {product.id!r} repeats row {first_row[product.id]}; give every product its own")
-        if problems: problems_by_row[number] = problems
+        if problems: problems_by_row[number] = known.setdefault(problems[0], problems) if len(problems) == 1 else problems
         else: products.append(product)
     return products, problems_by_row
 
