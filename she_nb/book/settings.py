@@ -187,7 +187,7 @@ def _sections(path):
 RULES = ("srpo", "dpo", "ppo", *CREDIT_RULES)  # arms that need no line in [arms]; srpo stands for the reading of the settings
 RL_CHANGES = ("rl_steps", "prompts_per_step", "group_size", "rl_lr", "warmup_steps", "temperature", "reading", "gamma", "beta",
               "clip_epsilon", "gae_lambda", "critic_steps", "selection", "curriculum", "start", "reward", "refill", "judge_share",
-              "judge_samples", "judge_flip", "teacher", "wishes", "slips")
+              "judge_samples", "judge_flip", "teacher", "wishes", "slips", "replay")
 CHANGES = {"sft": ("order", "teacher", "wishes", "slips"), "floor": ("order",),
            "dpo": ("dpo_sft", "dpo_beta", "dpo_prefer", "wishes", "slips"),
            **dict.fromkeys(("srpo", "ppo", *CREDIT_RULES), RL_CHANGES)}  # rule -> what an arm may change by its name
