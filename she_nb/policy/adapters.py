@@ -85,4 +85,4 @@ def read_adapter(
 ) -> PreTrainedModel | PeftModel:
     "A base with its adapter."
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=train)
-    return adapted if train else adapted.merge_and_unload()
+    return adapted if train else adapted.merge_and_unload().requires_grad_(True)   # whole weights again

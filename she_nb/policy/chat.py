@@ -6,6 +6,7 @@
 __all__ = ['WORDS', 'BEGINS', 'framed', 'answer_end', 'settled']
 
 # %% ../../nbs/20_policy.chat.ipynb #ch002
+from jinja2 import TemplateError
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,10 @@ BEGINS = "{{ bos_token }}{{ messages[0]['content'] }}"   # of a base model whose
 def _rendered(tokenizer, *turns, **options):
     "Turns as the family writes them, without reasoning of its own before the answer."
     messages = [{"role": role, "content": WORDS} for role in turns]
-    return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+    try: return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+    except TemplateError as error:
+        raise BookError(f"{tokenizer.name_or_path or 'this tokenizer'}: its chat template wants other turns than a user's "
+                        f"({str(error)[:80]}); change chat_template.jinja beside it.") from None
 
 def framed(
     tokenizer: PreTrainedTokenizerBase,  # `settled`
