@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LISTS', 'TEXTS', 'REASONS', 'ATTACKS', 'MEASURES', 'HEADS', 'listed', 'read_judged', 'Compared', 'pair_key',
            'compare', 'shown_pair', 'parted', 'parting', 'wishes_of', 'with_parts', 'agreement_figure', 'gullible',
-           'number_text', 'rounded', 'coverage_words', 'examples_block', 'agreement_blocks', 'write_agreement', 'agree']
+           'number_text', 'rounded', 'coverage_words', 'weight_words', 'examples_block', 'agreement_blocks',
+           'write_agreement', 'agree']
 
 # %% ../../nbs/63_serving.agreement.ipynb #agr002
 import json
@@ -20,6 +21,7 @@ import pandas as pd
 from she_nb.evidence.agreement import (
     JUDGE,
     PEOPLE,
+    WEIGHT,
     agreement,
     agreement_by,
     agreement_cells,
@@ -27,12 +29,14 @@ from she_nb.evidence.agreement import (
     interval,
     resampled,
     verdict_sentence,
+    weights_of,
 )
 from ..evidence.blocks import Block, escape, figure_block, fold_block, join_blocks, table_block, text_block
 from ..evidence.figures import canvas
 from ..evidence.page import whole_page
 from .judgment import Asked, stated_product
-from .rows import read_rows
+from .rows import label_key, read_rows
+from .survey import read_weights
 from ..shop.judged import Label, Scale, open_labels
 from ..shop.phrases import detect_language
 from ..task import TIERS, BookError, atomic_write, read_step
@@ -57,10 +61,10 @@ def read_judged(
 @dataclass
 class Compared:
     "A judge beside people."
-    table: pd.DataFrame    # one row a pair: query, people, judge, and what the judge wrote
-    raters: pd.DataFrame   # the same pairs: query, judge, one column of tiers for each rater
+    table: pd.DataFrame    # one row a pair: query, people, judge, what the judge wrote, and a weight where any is stated
+    raters: pd.DataFrame   # the same pairs: query, judge, weight, one column of tiers for each rater
     scale: Scale           # of the labels
-    counts: dict[str, int] # judged, labelled, both, without an answer
+    counts: dict[str, int] # judged, labelled, both, without an answer, with a weight
 
 def pair_key(query: str, doc: str, title: str) -> tuple[str, str]:
     "What makes a pair the same in two files."
@@ -70,6 +74,7 @@ def compare(
     rows: list[dict],     # as of `read_judged`
     labels: list[Label],  # of people
     scale: Scale,
+    weights: dict[tuple, float] | None = None,  # from `read_weights`
 ) -> Compared:
     "Join judged rows with labels."
     known = {pair_key(label.query, label.doc, (label.item or {}).get("title", "")): label for label in labels}
@@ -79,12 +84,15 @@ def compare(
         told, asked = shown_pair(labels[0].query, labels[0].doc), shown_pair(rows[0]["query"], rows[0]["doc_id"])
         raise BookError(f"no judged pair is labelled: the rows say {asked}, the labels {told}; judge the pairs of that file.")
     kept = [row | {PEOPLE: label.tier, JUDGE: scale.fold(row["tier"]) if row["tier"] else 0} for row, label in found.values()]
+    stated = [(weights or {}).get(label_key(label)) for _, label in found.values()]
+    share = {WEIGHT: [weight or 1.0 for weight in stated]} if any(stated) else {}
     said = [{rater or "people": scale.tier(rating) for rater, rating in label.raters.items()} for _, label in found.values()]
-    raters = pd.DataFrame(said).assign(query=[row["query"] for row in kept], judge=[row[JUDGE] for row in kept])
+    raters = pd.DataFrame(said).assign(query=[row["query"] for row in kept], judge=[row[JUDGE] for row in kept], **share)
     counts = {"judged": len(rows), "labelled": len(labels), "both": len(kept)}
     counts["without an answer"] = sum(not row["tier"] for row in kept)
     counts["mended"] = sum(str(row.get("mended")).lower() == "true" for row in kept)   # a text in CSV
-    return Compared(pd.DataFrame(kept), raters, scale, counts)
+    counts["with a weight"] = sum(map(bool, stated))
+    return Compared(pd.DataFrame(kept).drop(columns=WEIGHT, errors="ignore").assign(**share), raters, scale, counts)
 
 def shown_pair(query: str, doc: str) -> str: return f"({query[:40]!r}, {doc[:20]!r})"
 
@@ -102,10 +110,10 @@ def parted(
 
 def parting(
     apart: pd.DataFrame,  # from `parted`
-) -> pd.DataFrame:        # reason -> pairs that the judge puts lower, and higher
+) -> pd.DataFrame:        # reason -> pairs that the judge puts lower, and higher; with weights, those that they stand for
     "How many disagreements hang on which step."
-    lower = apart[JUDGE] < apart[PEOPLE]
-    counts = {name: [int((side & (apart["reason"] == reason)).sum()) for reason in REASONS]
+    lower, each = apart[JUDGE] < apart[PEOPLE], apart[WEIGHT] if WEIGHT in apart else 1
+    counts = {name: [((side & (apart["reason"] == reason)) * each).sum() for reason in REASONS]
               for name, side in (("lower", lower), ("higher", ~lower))}
     return pd.DataFrame(counts, index=pd.Index(list(REASONS), name="reason"))
 
@@ -136,9 +144,10 @@ def agreement_figure(
 ) -> plt.Figure:
     "Confusion by people's tier, and disagreements by step."
     figure, ((left, right),) = canvas(1, 2, size=(10, 3.6), gridspec_kw={"width_ratios": (1, 1.2)})
-    counts = agreement_cells(table[PEOPLE], table[JUDGE]).sum(0)[::-1]
+    cells = agreement_cells(table[PEOPLE], table[JUDGE])
+    counts, weighted = cells.sum(0)[::-1], (cells * weights_of(table)[:, None, None]).sum(0)[::-1]
     order = [4, 3, 2, 1, *([0] if counts[:, 0].any() else [])]
-    shares = counts[:, order] / np.maximum(counts.sum(1, keepdims=True), 1)
+    shares = weighted[:, order] / np.maximum(weighted.sum(1, keepdims=True), 1)
     left.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         if count := int(counts[row, order[column]]):
@@ -151,7 +160,7 @@ def agreement_figure(
     right.barh(parts.index, parts["higher"], color="#d55e00", label="judge higher")
     right.axvline(0, color="black", linewidth=.8)
     right.xaxis.set_major_formatter(lambda value, place: f"{abs(value):.0f}")
-    right.set(xlabel="pairs", title="Disagreements, by the judge's own step")
+    right.set(xlabel="pairs that they stand for" if WEIGHT in table else "pairs", title="Disagreements, by the judge's own step")
     right.legend(frameon=False)
     return figure
 
@@ -211,7 +220,16 @@ def coverage_words(compared: Compared) -> str:
     grades = ", ".join(f"{rating} is {TIERS[tier]}" for rating, tier in compared.scale.tiers.items())
     return (f"{counts['both']:,} pairs of {queries:,} queries were judged and labelled, of {counts['judged']:,} judged and "
             f"{counts['labelled']:,} labelled; {counts['without an answer']:,} have no answer and count as wrong; "
-            f"{counts['mended']:,} have one because their chain was given its form. On the labels' scale {grades}.")
+            f"{counts['mended']:,} have one because their chain was given its form.{weight_words(compared)} "
+            f"On the labels' scale {grades}.")
+
+def weight_words(compared: Compared) -> str:
+    "That numbers are weighted, where they are."
+    if WEIGHT not in compared.table: return ""
+    each, total = compared.table[WEIGHT], f"{compared.table[WEIGHT].sum():,.0f}"
+    bare = compared.counts["both"] - compared.counts["with a weight"]
+    alone = f", {bare:,} without one by 1" * bool(bare)
+    return f" Every number is weighted by the column weight ({each.min():.3g} to {each.max():.3g}{alone}): the pairs stand for {total}."
 
 def examples_block(
     apart: pd.DataFrame,  # from `parted`
@@ -272,8 +290,8 @@ def agree(
 ) -> str:                       # what is printed
     "`she-nb agree`: a judge beside people."
     opened = open_labels(labels, **reading)
-    rows = read_judged(judged)
-    compared = compare(rows, opened.labels, opened.scale)
+    rows, weights = read_judged(judged), read_weights(labels, reading.get("columns", ""), reading.get("queries", ""))
+    compared = compare(rows, opened.labels, opened.scale, weights)
     page = write_agreement(compared, output, gullible(judge, rows) if judge else None)
     found = agreement(compared.table)
     shown = rounded(found.loc[list(MEASURES)].rename(index=MEASURES))

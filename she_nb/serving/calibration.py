@@ -6,10 +6,9 @@
 __all__ = ['TINY', 'STIFFNESS', 'METHODS', 'MEASURES', 'BINS', 'RAREST', 'LEAST', 'LEAST_MATRIX', 'LEAST_KEPT', 'VERSION',
            'UNKNOWN', 'fold_matrix', 'tempered', 'log_loss', 'fit_temperature', 'expected_tier', 'by_cuts', 'fit_cuts',
            'by_matrix', 'fit_matrix', 'deal', 'held_out', 'measured', 'pair_sums', 'measure_table', 'choose_method',
-           'lowest_cut', 'precision_cut', 'Joined', 'label_key', 'scale_ratings', 'judge_of', 'join_labels',
-           'Calibration', 'rounded', 'save_calibration', 'load_calibration', 'Calibrated', 'calibrate',
-           'apply_calibration', 'said', 'check_judge', 'calibration_figure', 'why_method', 'cut_words',
-           'calibration_words']
+           'lowest_cut', 'precision_cut', 'Joined', 'scale_ratings', 'judge_of', 'join_labels', 'Calibration',
+           'rounded', 'save_calibration', 'load_calibration', 'Calibrated', 'calibrate', 'apply_calibration', 'said',
+           'check_judge', 'calibration_figure', 'why_method', 'cut_words', 'calibration_words']
 
 # %% ../../nbs/67_serving.calibration.ipynb #cl0002
 import json
@@ -31,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..evidence.agreement import interval, resampled
 from ..evidence.figures import LOOK, canvas
-from .rows import PROBABILITIES, number_like, pair_of, unique_rows
+from .rows import PROBABILITIES, label_key, number_like, pair_of, unique_rows
 from ..shop.judged import Label, Opened
 from ..shop.products import clean_text
 from ..task import BookError, atomic_write
@@ -249,10 +248,6 @@ class Joined:
     tiers: dict[str, int]    # rating -> tier, the best first
     judge: dict[str, str]    # model, prompt and decoding
     failed: int              # rated pairs that the judge could not judge
-
-def label_key(label: Label) -> tuple[str, str]:
-    "What a label is of, as `pair_of` says it of a row."
-    return label.query, label.doc or clean_text(str((label.item or {}).get("title", "")))
 
 # %% ../../nbs/67_serving.calibration.ipynb #cl0037
 def scale_ratings(
