@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'PROBABILITIES', 'table_rows', 'number_of', 'ratings_in', 'read_rows', 'pair_of', 'label_key', 'unique_rows',
-           'rating_on', 'number_like', 'guarded']
+           'differing', 'rating_on', 'number_like', 'guarded']
 
 # %% ../../nbs/61_serving.rows.ipynb #rw0002
 import json
@@ -84,9 +84,13 @@ def unique_rows(
         pair, said = pair_of(row), row["rating"] or ""
         first, number = seen.setdefault(pair, (said, place))
         if number == place: yield row
-        elif first != said:
-            raise BookError(f"{source}: rows {number} and {place} rate {clean_text(pair[1], 40)!r} for "
-                            f"{clean_text(pair[0], 40)!r} as {first or 'nothing'} and {said or 'nothing'}; keep one of them.")
+        elif first != said: raise differing(source, number, place, row, first, said)
+
+def differing(source: str | Path, first: int, place: int, row: dict, before: str, said: str) -> BookError:
+    "Why two rows can't both stand."
+    query, item = (clean_text(text, 40) for text in pair_of(row))
+    return BookError(f"{source}: rows {first} and {place} rate {item!r} for {query!r} as {before or 'nothing'} and "
+                     f"{said or 'nothing'}; keep one of them.")
 
 # %% ../../nbs/61_serving.rows.ipynb #rw0013
 def rating_on(

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .rows import guarded, pair_of, unique_rows
-from ..shop.judgments import item_of, plain_name, written
+from ..shop.judgments import item_of, plain_name
 from ..shop.labels import cell_text, read_columns, read_queries, sound_rows, table_of
 from ..shop.products import clean_text
 from ..task import BookError, atomic_write

@@ -79,6 +79,7 @@ def calibrate_command(args) -> None:  # args: judged, labels, output, precision,
     "`she-nb calibrate` (ours)."
     from she_nb.evidence.figures import image
     from she_nb.serving import calibration as chapter
+    from she_nb.serving.reliability import write_reliability
     from she_nb.serving.rows import read_rows
     from she_nb.serving.survey import read_weights
     from she_nb.shop.judged import open_labels
@@ -91,7 +92,8 @@ def calibrate_command(args) -> None:  # args: judged, labels, output, precision,
         joined = chapter.join_labels(read_rows(args.judged), opened, read_weights(args.labels, args.fields, args.queries))
         done = chapter.calibrate(joined, opened.scale.name, precision, args.method)
     picture = atomic_write(output.with_suffix(".png"), image(chapter.calibration_figure(done), "png"))
-    print(f"{chapter.calibration_words(done)}\n{'written':<12} {chapter.save_calibration(done.calibration, output)}, {picture}")
+    paths = chapter.save_calibration(done.calibration, output), write_reliability(done, output.with_suffix(".html")), picture
+    print(f"{chapter.calibration_words(done)}\n{'written':<12} {', '.join(map(str, paths))}")
 
 # %% ../../nbs/69_serving.tools.ipynb #tl0011
 def add_calibrate(commands) -> None:  # of argparse
@@ -99,7 +101,8 @@ def add_calibrate(commands) -> None:  # of argparse
     text = "learn from people's labels how sure a judge is, and what it means on their scale"
     command = commands.add_parser("calibrate", help=text, description=text)
     add_both(command)
-    command.add_argument("-o", "--output", default="judge.cal.json", help="the calibration; a .png beside it (judge.cal.json)")
+    command.add_argument("-o", "--output", default="judge.cal.json",
+                         help="the calibration; a page and a .png beside it (judge.cal.json)")
     command.add_argument("--precision", action="append", default=[], metavar="3=0.95", help="how often a rating must be right")
     command.add_argument("--method", default="", help="temperature, cuts or matrix (what so many labels can bear)")
     add_options(command, READING_OPTIONS)
