@@ -243,10 +243,11 @@ def coverage_words(compared: Compared) -> str:
     "What was compared, and what the labels' scale means."
     counts, queries = compared.counts, compared.table["query"].nunique()
     grades = ", ".join(f"{rating} is {TIERS[tier]}" for rating, tier in compared.scale.tiers.items())
+    alone = " People gave one tier alone, so kappa is 0 whatever a judge says." * (compared.table[PEOPLE].nunique() == 1)
     return (f"{counts['both']:,} pairs of {queries:,} queries were judged and labelled, of {counts['judged']:,} judged and "
             f"{counts['labelled']:,} labelled; {counts['without an answer']:,} have no answer and count as wrong; "
             f"{counts['mended']:,} have one because their chain was given its form.{weight_words(compared)} "
-            f"On the labels' scale {grades}.")
+            f"On the labels' scale {grades}.{alone}")
 
 def weight_words(compared: Compared) -> str:
     "That numbers are weighted, where they are."

@@ -26,6 +26,7 @@ from she_nb.serving.calibration import (
     choose_method,
     precision_cut,
     why_method,
+    worse_words,
 )
 from ..task import BookError, atomic_write
 
@@ -83,7 +84,8 @@ def verdict_words(done: Calibrated) -> str:
     sure = np.average(done.before.max(1), weights=done.joined.weights)
     return (f"The judge says that it is right {sure:.0%} of the time. On queries that were not fitted its calibrated rating is "
             f"right {right:.0%} ({low:.0%} to {high:.0%}); how sure it is was off by {before:.0%} on average as it came, and "
-            f"is by {after:.0%} now. {review_share(done):.0%} of the pairs are left to people.")
+            f"is by {after:.0%} now. {review_share(done):.0%} of the pairs are left to people."
+            + f" But {worse_words(done.calibration)}." * bool(worse_words(done.calibration)))
 
 def measures_table(done: Calibrated) -> pd.DataFrame:
     "The measures with their intervals."
