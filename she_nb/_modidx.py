@@ -1206,6 +1206,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'she_nb/serving/exchange.py'),
                                          'she_nb.serving.exchange.read_case': ( 'serving.exchange.html#read_case',
                                                                                 'she_nb/serving/exchange.py'),
+                                         'she_nb.serving.exchange.status_of': ( 'serving.exchange.html#status_of',
+                                                                                'she_nb/serving/exchange.py'),
                                          'she_nb.serving.exchange.steps_text': ( 'serving.exchange.html#steps_text',
                                                                                  'she_nb/serving/exchange.py'),
                                          'she_nb.serving.exchange.trec_qrels': ( 'serving.exchange.html#trec_qrels',

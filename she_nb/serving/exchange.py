@@ -6,7 +6,7 @@
 __all__ = ['OUT', 'HOLE', 'STEPS_ALL', 'FORMS', 'Options', 'is_calibrated', 'rated_rows', 'csv_lines', 'quepid_case', 'plain_csv',
            'one_line', 'trec_qrels', 'trec_queries', 'ltr_lines', 'json_pieces', 'opensearch_body', 'rank_eval_request',
            'steps_text', 'quepid_book', 'label_studio_tasks', 'label_studio_setup', 'Form', 'checked', 'fits', 'merged',
-           'Exported', 'read_case', 'Account', 'export_rows', 'counting', 'exported_words']
+           'Exported', 'read_case', 'Account', 'status_of', 'export_rows', 'counting', 'exported_words']
 
 # %% ../../nbs/67_serving.exchange.ipynb #ex0002
 import csv
@@ -278,7 +278,7 @@ class Account:
         "The rows, counted."
         for one in rows:
             if one.rating: self.tiers.setdefault(one.rating, one.row["tier"])
-            else: self.statuses["left for review" if one.row["status"] == "ok" else one.row["status"]] += 1
+            else: self.statuses[status_of(one)] += 1
             if is_calibrated(one.row): self.calibrated, self.stated = True, self.stated or tuple(one.row["p"])
             if self.scale == "as judged" and one.row.get("scale"): self.scale = str(one.row["scale"])
             yield one
@@ -288,6 +288,11 @@ class Account:
         if scale and not self.calibrated: return tuple(dict.fromkeys(rating_on(tier, scale) for tier in TIERS))
         tiers = self.tiers
         return self.stated or tuple(sorted(tiers, key=lambda said: (number_like(said) and -float(said), -tiers[said])))
+
+def status_of(one: Rated) -> str:
+    "Why a pair has no rating."
+    status = one.row.get("status", "not judged")
+    return "left for review" if status == "ok" else status
 
 # %% ../../nbs/67_serving.exchange.ipynb #ex0041
 def export_rows(
@@ -309,17 +314,19 @@ def export_rows(
     for _ in account.heard(shelf): pass
     told, counts, found = Options(**options, ratings=account.ratings(scale)), Counter(), Counter()
     case = read_case(merge, told.ratings, stated or account.calibrated) if merge else []
-    filled = counting(merged(shelf, case, counts), found) if merge else shelf
+    holes = Counter() if merge else account.statuses
+    filled = counting(merged(shelf, case, counts), found, holes) if merge else shelf
     if not merge: found.update(one.rating for one in shelf if one.rating)
     texts = {output: form.write(filled, told)} | {output.with_suffix(end): write(shelf, told) for end, write in form.beside}
     paths = write_pieces(texts)
     named = account.scale if account.calibrated or not scale else scale.name
-    return Exported(paths, form, {said: found[said] for said in (*told.ratings, *found)}, account.statuses, counts, named)
+    return Exported(paths, form, {said: found[said] for said in (*told.ratings, *found)}, holes, counts, named)
 
-def counting(rows: Iterable[Rated], found: Counter) -> Iterator[Rated]:
-    "The rows, their ratings counted."
+def counting(rows: Iterable[Rated], found: Counter, holes: Counter) -> Iterator[Rated]:
+    "The rows, their ratings counted, and why pairs have none."
     for one in rows:
         if one.rating: found[one.rating] += 1
+        elif one.doc: holes[status_of(one)] += 1
         yield one
 
 # %% ../../nbs/67_serving.exchange.ipynb #ex0045
