@@ -1,7 +1,9 @@
 "The package outside its repository: what the wheel holds starts fast and says what is missing."
 import os
+import signal
 import subprocess
 import sys
+import urllib.request
 import zipfile
 
 import pytest
@@ -25,7 +27,7 @@ def python(wheel, *words):
 
 
 def test_the_command_starts_fast_and_without_torch(wheel):
-    code = ("import sys, time; start = time.perf_counter(); import she_nb.book.cli; took = time.perf_counter() - start; "
+    code = ("import sys, time; start = time.process_time(); import she_nb.book.cli; took = time.process_time() - start; "
             "print(she_nb.__file__); sys.exit('torch' in sys.modules or took > 3)")
     done = python(wheel, "-c", code)
     assert done.returncode == 0 and str(wheel) in done.stdout
@@ -45,3 +47,49 @@ def test_the_judge_works_outside_the_book(wheel, policy, tokenizer, tmp_path):
     done = python(wheel, *map(str, words))
     assert done.returncode == 0 and "rows      2: 2 judged now" in done.stdout, done.stderr
     assert len((tmp_path / "judged.csv").read_text().splitlines()) == 3
+
+
+FOLLOW = """
+import json, sys
+from she_nb.book.cli import main
+sheet = []
+def row(number):
+    tier, sure = 4 - number % 4, .55 + number % 40 / 100
+    p = {f"p_{own}": sure if own == tier else (1 - sure) / 3 for own in (4, 3, 2, 1)}
+    people = tier - 1 if number % 7 else (tier + 1) % 4
+    sheet.append(f"query {number // 6},A{number},{people},{1 + number % 3}\\n")
+    told = {"query": f"query {number // 6}", "doc_id": f"A{number}", "title": "mug", "tier": tier, "rating": str(tier)}
+    return told | p | {"scale": "tiers", "confidence": sure, "status": "ok", "model": "4f1d", "asked": "mug", "item": "cups"}
+open("judged.jsonl", "w").write("".join(json.dumps(row(number)) + "\\n" for number in range(120)))
+open("rated.csv", "w").write("query,docid,rating,weight\\n" + "".join(sheet))
+ranks = "".join(f"query {number // 6},A{number},{number}\\n" for number in range(120))
+open("run.csv", "w").write("query,docid,rank\\n" + ranks)
+for line in ("agree judged.jsonl rated.csv --scale 0-3 -o agree",
+             "calibrate judged.jsonl rated.csv --scale 0-3 -o judge.cal.json",
+             "export judged.jsonl --to quepid -o q.csv", "export judged.jsonl --to opensearch --cal judge.cal.json -o o.json",
+             "measure judged.jsonl --run run.csv --labels rated.csv --scale 0-3", "sample judged.jsonl -n 20 -o to_rate.csv"):
+    assert main(line.split()) == 0, line
+assert "torch" not in sys.modules
+"""
+
+def test_what_follows_a_judgment_works_in_an_empty_folder_and_without_torch(wheel, tmp_path):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SHE_NB_")} | {"PYTHONPATH": str(wheel)}
+    done = subprocess.run([sys.executable, "-c", FOLLOW], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weighted by the column weight (1 to 3): the pairs stand for 240" in done.stdout
+    made = {"agree", "judge.cal.html", "judge.cal.json", "judge.cal.png", "o.json", "q.csv", "to_rate.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == made | {"judged.jsonl", "rated.csv", "run.csv"}
+
+
+def test_serve_answers_outside_the_book(wheel, policy, tokenizer, tmp_path):
+    from she_nb.serving.card import write_card
+    for part in (policy, tokenizer): part.save_pretrained(tmp_path)
+    write_card(tmp_path, {"order": "think_first", "rule": "brief", "max_completion": 48}, stage="sft")
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SHE_NB_")} | {"PYTHONPATH": str(wheel)}
+    words = [sys.executable, "-m", "she_nb.book.cli", "serve", "--model", ".", "--port", "0"]
+    serving = subprocess.Popen(words, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        place = serving.stdout.readline().split(" at ")[1].partition("/v1/")[0]
+        with urllib.request.urlopen(f"{place}/health", timeout=60) as answer: assert answer.status == 200
+    finally: serving.send_signal(signal.SIGINT)
+    assert "Ended; 0 pairs were judged." in serving.communicate(timeout=60)[0] and serving.returncode == 0

@@ -272,6 +272,13 @@ class BookPlan(ArmPlan):
         inputs = {"data_dir": self.runs[model.needs[0]], "model_dir": model} if model else {"data_dir": self.data(own)}
         self.add("evaluate", arm, own, **inputs)
 
+    def audit(self) -> None:
+        "Whether words in a title can talk the last arm round that has a model."
+        policies = (self.made(stage, arm) for arm in reversed(self.book.arms) for stage in ("train", "dpo", "sft"))
+        if policy := next(filter(None, policies), None):
+            own = variant(self.settings, policy.arm)[1]
+            self.add("gullibility", policy.arm, own, data_dir=self.runs[policy.needs[0]], model_dir=policy)
+
     def whole(self) -> None:
         "All runs of the seed."
         arms = self.book.arms_of(self.seed)
@@ -288,6 +295,7 @@ def plan(
     "All runs of a book (ours)."
     runs, settings = {}, book.settings
     for seed in book.seeds: BookPlan(book, seed, runs).whole()
+    if not book.studies: BookPlan(book, book.seeds[0], runs).audit()
     if book.studies:
         data, sft = (runs[run_key(stage, arm, book.seeds[0])] for stage, arm in (("data", "all"), ("sft", "sft")))
         search, tune_settings = SeedPlan(book, TUNE_SEED, runs), replace(settings, rl_steps=settings.tune_steps)

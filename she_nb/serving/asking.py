@@ -9,6 +9,7 @@ __all__ = ['JOINED', 'pairs_once', 'read_asked', 'Census', 'census', 'rows_path'
 # %% ../../nbs/65_serving.asking.ipynb #ask0002
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from .judgment import COLUMNS, Asked, blocks_of, dropped_of
 from .rows import guarded
 from ..shop.catalog import Catalog
-from ..shop.corpora import neighbour_items, read_items, read_judgments
+from ..shop.corpora import Found, find_items, neighbour_items, read_judgments
 from ..shop.judged import outside
 from ..shop.labels import Judgment, read_queries
 from ..shop.products import clean_text
@@ -57,25 +58,31 @@ def read_asked(
     products = products or neighbour_items(read_judgments(path, fields, locale))
     for block in blocks_of(pairs_once(path, fields, locale, holes), joined):
         absent = {said.doc for said in block if said.doc not in known and not (said.item or {}).get("title")}
-        found = read_items(products, absent - {""}, locale) if products and absent else {}
+        found = find_items(products, absent - {""}, locale) if products and absent else Found({})
         for said in block:
-            item = said.item if (said.item or {}).get("title") else found.get(said.doc, {})
-            inside = said.doc in known
+            own, inside = (said.item or {}).get("title"), said.doc in known
+            item = said.item if own else found.items.get(said.doc, {})
             product = known[said.doc] if inside else outside(said.doc, item)
+            column = found.column if item and not (own or inside) else ""
             yield Asked(said.query or texts.get(said.query_id, ""), product, said.query_id, said.doc, said.rating, inside,
-                        0 if inside else dropped_of(item.get("title")))
+                        0 if inside else dropped_of(item.get("title")), column)
 
 # %% ../../nbs/65_serving.asking.ipynb #ask0012
 @dataclass
 class Census:
     "How many pairs there are, and what is missing."
     pairs: int = 0
+    in_catalog: int = 0              # whose item is the catalogue's
+    columns: Counter = field(default_factory=Counter)  # of the products, by which items were found
     no_query: int = 0                # whose query has no text
     no_item: int = 0                 # whose item nobody knows
     missing: list[str] = field(default_factory=list)   # some of these items' ids
 
     def words(self) -> str:
         parts = [f"{self.pairs:,} pairs"]
+        if self.in_catalog: parts.append(f"{self.in_catalog:,} with an item of the catalogue")
+        for column, count in self.columns.items():
+            parts.append(f"{count:,} joined by the products' column {clean_text(column, 30)}")
         if self.no_query: parts.append(f"{self.no_query:,} without their query's text")
         shown = ", ".join(clean_text(name, 30) for name in self.missing)
         if self.no_item: parts.append(f"{self.no_item:,} whose item is unknown, such as {shown}")
@@ -90,6 +97,8 @@ def census(
     for pair in asked:
         found.pairs += 1
         found.no_query += not pair.query.strip()
+        found.in_catalog += pair.in_catalog
+        if pair.column: found.columns[pair.column] += 1
         if pair.item: continue
         found.no_item += 1
         if len(found.missing) < 3: found.missing.append(pair.doc_id)

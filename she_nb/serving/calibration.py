@@ -6,10 +6,9 @@
 __all__ = ['TINY', 'STIFFNESS', 'METHODS', 'MEASURES', 'BINS', 'RAREST', 'LEAST', 'LEAST_MATRIX', 'LEAST_KEPT', 'VERSION',
            'UNKNOWN', 'fold_matrix', 'tempered', 'log_loss', 'fit_temperature', 'expected_tier', 'by_cuts', 'fit_cuts',
            'by_matrix', 'fit_matrix', 'deal', 'held_out', 'measured', 'pair_sums', 'measure_table', 'choose_method',
-           'lowest_cut', 'precision_cut', 'Joined', 'label_key', 'scale_ratings', 'judge_of', 'join_labels',
-           'Calibration', 'rounded', 'save_calibration', 'load_calibration', 'Calibrated', 'calibrate',
-           'apply_calibration', 'said', 'check_judge', 'calibration_figure', 'why_method', 'cut_words',
-           'calibration_words']
+           'lowest_cut', 'precision_cut', 'Joined', 'scale_ratings', 'judge_of', 'join_labels', 'Calibration',
+           'rounded', 'save_calibration', 'load_calibration', 'Calibrated', 'calibrate', 'apply_calibration', 'said',
+           'check_judge', 'calibration_figure', 'why_method', 'cut_words', 'calibration_words', 'worse_words']
 
 # %% ../../nbs/67_serving.calibration.ipynb #cl0002
 import json
@@ -31,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..evidence.agreement import interval, resampled
 from ..evidence.figures import LOOK, canvas
-from .rows import PROBABILITIES, number_like, pair_of, unique_rows
+from .rows import PROBABILITIES, label_key, number_like, pair_of, unique_rows
 from ..shop.judged import Label, Opened
 from ..shop.products import clean_text
 from ..task import BookError, atomic_write
@@ -107,6 +106,7 @@ def by_matrix(
 # %% ../../nbs/67_serving.calibration.ipynb #cl0014
 def fit_matrix(p: np.ndarray, y: np.ndarray, weights: np.ndarray, tiers: dict[str, int]) -> dict:
     "The weights of a logistic regression; a rating that no label has is never given."
+    if len(set(y)) == 1: return {"weights": np.zeros((len(tiers), 4)).tolist(), "bias": (np.eye(len(tiers))[y[0]] * 20).tolist()}
     fitted = LogisticRegression(C=STIFFNESS, max_iter=2000).fit(np.log(p.clip(TINY)), y, sample_weight=weights)
     matrix, bias = np.zeros((len(tiers), 4)), np.full(len(tiers), -20.)
     sides = np.array([[-.5], [.5]]) if len(fitted.classes_) == 2 else np.eye(len(fitted.classes_))   # of two it fits the second
@@ -250,10 +250,6 @@ class Joined:
     judge: dict[str, str]    # model, prompt and decoding
     failed: int              # rated pairs that the judge could not judge
 
-def label_key(label: Label) -> tuple[str, str]:
-    "What a label is of, as `pair_of` says it of a row."
-    return label.query, label.doc or clean_text(str((label.item or {}).get("title", "")))
-
 # %% ../../nbs/67_serving.calibration.ipynb #cl0037
 def scale_ratings(
     labels: list[Label],
@@ -357,11 +353,12 @@ def calibrate(
     joined: Joined,
     scale: str = "",                          # its name
     precision: dict[str, float] | None = None,  # rating -> wanted
-    method: str = "",                         # a key of METHODS; empty: what so many labels can bear
+    method: str = "",                         # a key of METHODS; empty: the most that so many labels can bear
 ) -> Calibrated:
     "Learn what a judge's probabilities mean."
     p, y, queries, weights, tiers = joined.p, joined.y, joined.queries, joined.weights, joined.tiers
-    method = method or choose_method(y, queries, joined.failed)
+    bearable = choose_method(y, queries, joined.failed)
+    method = method or bearable
     before, after = tempered(p, {"temperature": 1.0}, tiers), held_out(method, p, y, queries, weights, tiers)
     table = measure_table({"before": before, "after": after}, y, queries, weights)
     places, cuts = {rating.lower(): place for place, rating in enumerate(tiers)}, {}
@@ -480,5 +477,12 @@ def calibration_words(done: Calibrated) -> str:
              ("method", f"{about.method}: {why_method(about)}"),
              ("", f"{'as it came':<25}calibrated, on queries that were not fitted")]
     lines += [(title, f"{cell('before', measure):<25}{cell('after', measure)}") for measure, title in MEASURES.items()]
+    if worse := worse_words(about): lines.append(("worse", worse))
     lines += [("cut", cut_words(rating, cut)) for rating, cut in about.cuts.items()]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
+
+def worse_words(calibration: Calibration) -> str:  # empty where it helps
+    "That a calibration does harm, where it does."
+    before, after = (calibration.measures[name]["log_loss"][0] for name in ("before", "after"))
+    if after <= before: return ""
+    return "calibrated ratings surprise more than those that came: rate more pairs, or try --method temperature, of one number"

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..policy.chat import framed
 from ..policy.models import load_policy
-from .answers import PRECISIONS, Decoding, answer_prompts, usual_precision
+from .answers import FORM, PRECISIONS, Decoding, answer_prompts, usual_precision
 from .card import model_digest, read_card
 from she_nb.serving.judgment import (
     COLUMNS,
@@ -36,7 +36,7 @@ from she_nb.serving.judgment import (
     stated_product,
 )
 from ..shop.products import clean_text
-from ..task import ORDERS, RULES, BookError, prompt
+from ..task import ORDERS, RULES, TAGS, BookError, prompt
 
 # %% ../../nbs/62_serving.judging.ipynb #jg0005
 LONGEST = 4000  # characters of an item's text; the rest is cut and counted (ours)
@@ -57,8 +57,8 @@ class Judge:
         self.decoding, self.tokenizer, self.scale, self.digest = decoding or Decoding(), tokenizer, scale, digest
         self.model = model.to(PRECISIONS[self.decoding.precision])
         self.calibrate, self.calibration = calibrate, calibration
-        self.prompt_digest = digest_of(RULES[self.decoding.rule], self.decoding.order)
-        self.decoding_digest = digest_of(json.dumps(asdict(self.decoding), sort_keys=True))
+        self.prompt_digest = digest_of(prompt("query", "item", self.decoding.rule), self.decoding.order, *TAGS)
+        self.decoding_digest = digest_of(json.dumps(asdict(self.decoding), sort_keys=True), f"form {FORM}, {LONGEST} characters")
 
     @classmethod
     def load(

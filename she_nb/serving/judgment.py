@@ -28,6 +28,7 @@ class Asked:
     rating: str = ""                 # a person's, as written; empty is a hole
     in_catalog: bool = False         # the product is the catalogue's, so that steps can be checked
     dropped: int = 0                 # characters of its title that the product lacks
+    column: str = ""                 # of the file of products, by which its item was found
 
     @property
     def item(self) -> str:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TREC_RUN', 'PLACE', 'GAINS', 'FORMULAS', 'MEASURES', 'LEAST_QUERIES', 'trec_run', 'table_run', 'read_run',
            'judgments_of', 'labels_judgments', 'dcg', 'ideal_share', 'query_measures', 'Mean', 'mean_of', 'compare',
-           'power', 'mended', 'Corrected', 'corrected', 'rated_whole', 'Measured', 'measure_runs', 'shown_measures',
-           'mean_words', 'people_words', 'measured_words', 'read_gate', 'below']
+           'power', 'mended', 'Corrected', 'corrected', 'chance_of', 'rated_whole', 'query_weights', 'Measured',
+           'measure_runs', 'shown_measures', 'mean_words', 'people_words', 'measured_words', 'read_gate', 'below']
 
 # %% ../../nbs/69_serving.measuring.ipynb #ms0002
 import re
@@ -165,16 +165,27 @@ def power(
     people: np.ndarray,     # figures of the labelled queries, (n,)
     judge: np.ndarray,      # the judge's of the same, (n,)
     elsewhere: np.ndarray,  # the judge's of all others, (N,)
+    weights: np.ndarray | None = None,  # how many queries each labelled one stands for; None: as many
 ) -> float:                 # from 0 to 1
     "How far the judge is trusted: the weight that makes the variance least."
     spread = np.var(np.concatenate([judge, elsewhere]), ddof=1)
     if not len(elsewhere) or spread == 0: return 0.0
-    return float(np.clip(np.cov(people, judge)[0, 1] / ((1 + len(people) / len(elsewhere)) * spread), 0, 1))
+    shared = np.cov(people, judge, aweights=weights)[0, 1]
+    return float(np.clip(shared / ((1 + len(people) / len(elsewhere)) * spread), 0, 1))
 
 # %% ../../nbs/69_serving.measuring.ipynb #ms0025
-def mended(people: np.ndarray, judge: np.ndarray, elsewhere: np.ndarray, trust: float) -> float:
+def mended(
+    people: np.ndarray,
+    judge: np.ndarray,
+    elsewhere: np.ndarray,
+    trust: float,           # from `power`
+    weights: np.ndarray | None = None,
+) -> float:
     "People's mean, moved by what the judge saw elsewhere."
-    return float(people.mean() + (trust * (elsewhere.mean() - judge.mean()) if len(elsewhere) else 0.0))
+    value = np.average(people, weights=weights)
+    if not len(elsewhere): return float(value)
+    moved = np.concatenate([judge, elsewhere]).mean() - np.average(judge, weights=weights)
+    return float(value + trust * (1 + len(people) / len(elsewhere)) * moved)
 
 # %% ../../nbs/69_serving.measuring.ipynb #ms0028
 LEAST_QUERIES = 5  # that people rated whole (ours)
@@ -194,19 +205,30 @@ def corrected(
     people: Iterable[float],     # one a labelled query
     judge: Iterable[float],      # of the same queries
     elsewhere: Iterable[float],  # of all others
+    weights: Iterable[float] | None = None,  # as of `power`, in any unit
 ) -> Corrected:
     "Prediction-powered mean with Student's 95 % interval; one degree of freedom goes to lambda."
     people, judge, elsewhere = (np.asarray(values, float) for values in (people, judge, elsewhere))
-    n, trust = len(people), power(people, judge, elsewhere)
-    value, rest = mended(people, judge, elsewhere, trust), people - trust * judge
-    alone, freedom = people.var(ddof=1) / n, n - 2 if trust else n - 1
-    both = ((rest - rest.mean()) ** 2).sum() / freedom / n
-    if trust: both += trust ** 2 * np.concatenate([judge, elsewhere]).var(ddof=1) / len(elsewhere)
+    n, size = len(people), len(people) + len(elsewhere)
+    weights = np.ones(n) if weights is None else np.asarray(weights, float)
+    weights = weights * size / weights.sum()
+    trust = power(people, judge, elsewhere, weights)
+    value, freedom = mended(people, judge, elsewhere, trust, weights), n - 2 if trust else n - 1
+    moved = people - trust * judge * (size / len(elsewhere) if trust else 1)
+    alone, both = (chance_of(values, weights, left) for values, left in ((people, n - 1), (moved, freedom)))
+    rest = np.cov(people, aweights=weights) / size   # the queries themselves are a draw
+    alone, both = alone + rest, both + rest
     def mean(value, variance, freedom):
         half = stats.t.ppf(.975, freedom) * np.sqrt(variance)
-        return Mean(value, value - half, value + half)
+        return Mean(float(value), float(value - half), float(value + half))
     whole, worth = float(np.r_[judge, elsewhere].mean()), n * alone / both if both else n
-    return Corrected(mean(float(people.mean()), alone, n - 1), mean(value, both, freedom), whole, trust, n, float(worth))
+    first = mean(np.average(people, weights=weights), alone, n - 1)
+    return Corrected(first, mean(value, both, freedom), whole, trust, n, float(worth))
+
+def chance_of(values: np.ndarray, weights: np.ndarray, freedom: int) -> float:
+    "The variance of a weighted mean that the choice of the labelled queries brings."
+    apart = values - np.average(values, weights=weights)
+    return (weights * np.maximum(weights - 1, 0) * apart ** 2).sum() / weights.sum() ** 2 * len(values) / freedom
 
 # %% ../../nbs/69_serving.measuring.ipynb #ms0033
 def rated_whole(
@@ -220,6 +242,17 @@ def rated_whole(
     def known(query): return all(doc in people[query] for run in runs for doc in run.get(query, [])[:k])
     return [query for query in queries if query in people and known(query)]
 
+# %% ../../nbs/69_serving.measuring.ipynb #ms0034b
+def query_weights(
+    weights: dict[tuple[str, str], float],  # of pairs, from `read_weights`
+    queries: list[str],                     # that people rated whole
+) -> np.ndarray | None:                     # one a query; None where a query has several
+    "How many queries each rated one stands for."
+    found: dict[str, set] = {query: set() for query in queries}
+    for (query, _), weight in weights.items():
+        if query in found: found[query].add(weight)
+    return None if any(len(own) > 1 for own in found.values()) else np.array([min(own, default=1.0) for own in found.values()])
+
 # %% ../../nbs/69_serving.measuring.ipynb #ms0036
 @dataclass
 class Measured:
@@ -232,6 +265,8 @@ class Measured:
     relevant: int
     unjudged: int                         # queries of the runs without any judgment
     absent: dict[str, int]                # run -> judged queries of other runs that it lacks
+    weights: np.ndarray | None = None     # of the queries that people rated whole
+    mixed: bool = False                   # weights are stated, and differ within queries
 
 # %% ../../nbs/69_serving.measuring.ipynb #ms0037
 def measure_runs(
@@ -241,6 +276,7 @@ def measure_runs(
     k: int = 10,
     gain: str = "exponential",
     relevant: int = 3,
+    weights: dict[tuple[str, str], float] | None = None,  # of people's pairs, from `read_weights`
 ) -> Measured:
     "Measure runs by the judge and, where they are known, by people."
     if gain not in GAINS: raise BookError(f"--gain {clean_text(gain, 30)}: is none of {', '.join(GAINS)}; take one of these.")
@@ -255,7 +291,9 @@ def measure_runs(
     whole = rated_whole(people, runs.values(), queries, k) if people else []
     mended = [query_measures(people, run, whole, **how) for run in runs.values()] if whole else None
     absent = {name: sum(query not in run for query in queries) for name, run in runs.items()}
-    return Measured(list(runs), tables, mended, **how, unjudged=len(shown) - len(queries), absent=absent)
+    each = query_weights(weights, whole) if weights else None
+    return Measured(list(runs), tables, mended, **how, unjudged=len(shown) - len(queries), absent=absent, weights=each,
+                    mixed=bool(weights) and each is None)
 
 # %% ../../nbs/69_serving.measuring.ipynb #ms0040
 def shown_measures(done: Measured) -> dict[str, str]:
@@ -272,10 +310,13 @@ def people_words(done: Measured) -> list[tuple[str, str]]:
         count = 0 if done.people is None else len(done.people[0])
         return [("people", f"rated all of the best {done.k} of {count} queries; to mend the judge's means takes {LEAST_QUERIES}")]
     whole = done.people[0].index
-    def mend(people, table): return corrected(people["ndcg"], table.loc[whole, "ndcg"], table.drop(whole)["ndcg"])
+    def mend(people, table): return corrected(people["ndcg"], table.loc[whole, "ndcg"], table.drop(whole)["ndcg"], done.weights)
     parts = {name: mend(people, table) for name, people, table in zip(done.runs, done.people, done.tables, strict=True)}
     if len(parts) > 1: parts["difference"] = mend(done.people[-1] - done.people[0], done.tables[-1] - done.tables[0])
-    lines = [("people", f"rated all of the best {done.k} of {len(whole)} queries; if these were drawn at random:")]
+    drawn = "drawn as their weights say" if done.weights is not None else "drawn at random"
+    lines = [("people", f"rated all of the best {done.k} of {len(whole)} queries; if these were {drawn}:")]
+    if done.mixed: lines.insert(0, ("weight", "differs within queries, so it tells nothing of how they were drawn and is "
+                                              "left out; she-nb sample --design queries draws whole ones"))
     head = f"{'by the judge':<14}{'by people alone':<28}{'both (PPI++)':<28}lambda  worth queries"
     lines.append(("", f"{'NDCG@' + str(done.k):<24}{head}"))
     for name, one in parts.items():

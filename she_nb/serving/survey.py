@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DESIGNS', 'reasons_of', 'doubtful', 'Drawn', 'draw', 'whole_queries', 'Estimate', 'estimate', 'sheet_text',
-           'write_sheet', 'read_weights']
+           'write_sheet', 'weight_in', 'weighted_rows', 'read_weights']
 
 # %% ../../nbs/66_serving.survey.ipynb #sv0002
 import csv
 import io
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .rows import guarded, number_of, pair_of, table_rows, unique_rows
-from ..shop.labels import FIELDS, roles_of, unguarded
+from .rows import guarded, pair_of, unique_rows
+from ..shop.judgments import item_of, plain_name
+from ..shop.labels import cell_text, read_columns, read_queries, sound_rows, table_of
 from ..shop.products import clean_text
 from ..task import BookError, atomic_write
 
@@ -140,17 +142,39 @@ def write_sheet(
     return atomic_write(output, sheet_text(drawn, raters))
 
 # %% ../../nbs/66_serving.survey.ipynb #sv0020
+def weight_in(cell) -> float | None:  # None: an empty one
+    "A weight, or ValueError for what is no positive number."
+    text = str(cell).strip() if cell is not None else ""
+    if text and not 0 < (number := float(text)) < math.inf: raise ValueError(text)
+    return number if text else None
+
+def weighted_rows(path: Path, columns: str = "", queries: str | Path = ""):
+    "Row number, pair and weight of each row that states one."
+    table = table_of(path)
+    column = next((name for name in table.columns if plain_name(name) == "weight"), None)
+    if column is None: return
+    about, texts = read_columns(path, table.columns, columns), read_queries(queries) if queries else {}
+    def cell(row, name): return cell_text(row.get(about.roles.get(name, "")))
+    for number, row in sound_rows(table):
+        try: weight = weight_in(row.get(column))
+        except ValueError:
+            said = clean_text(str(row[column]), 30)
+            raise BookError(f"{path}: row {number}: the weight {said!r} is no positive number; mend it.") from None
+        query = cell(row, "query") or texts.get(cell(row, "query_id"), "")
+        title = clean_text(str((item_of(row, about.item) or {}).get("title", "")))
+        if weight: yield number, (query, cell(row, "doc_id").strip() or title), weight
+
+# %% ../../nbs/66_serving.survey.ipynb #sv0020b
 def read_weights(
-    path: str | Path,   # of labels
-) -> dict[tuple[str, str], float]:  # (query, item's id or title) -> weight; empty where the file states none
+    path: str | Path,          # of labels
+    columns: str = "",         # as of `she_nb.shop.judged.open_labels`
+    queries: str | Path = "",  # likewise
+) -> dict[tuple[str, str], float]:  # as of `label_key` -> weight; empty where the file states none
     "What each rated pair stands for."
     path, out = Path(path), {}
-    if path.suffix not in (".csv", ".jsonl") or not path.is_file(): return {}
-    for number, row in table_rows(path):
-        roles = roles_of(row, FIELDS)
-        if "weight" not in row or "query" not in roles: return {}
-        try: weight = number_of(row.get("weight")) or 1.0
-        except ValueError: weight = -1.0
-        if weight <= 0: raise BookError(f"{path}: row {number}: the weight {row['weight']!r} is no positive number; mend it.")
-        out[unguarded(row[roles["query"]]), unguarded(row.get(roles.get("doc_id"))) or unguarded(row.get("title"))] = weight
+    if path.suffix == ".json" or not path.is_file(): return {}   # a tool's document, or a corpus
+    for number, pair, weight in weighted_rows(path, columns, queries):
+        if out.setdefault(pair, weight) != weight:
+            raise BookError(f"{path}: row {number} gives the weight {weight:g} to {clean_text(pair[1], 30)!r} for "
+                            f"{clean_text(pair[0], 30)!r}, and an earlier row {out[pair]:g}; keep one of them.")
     return out

@@ -79,6 +79,7 @@ def calibrate_command(args) -> None:  # args: judged, labels, output, precision,
     "`she-nb calibrate` (ours)."
     from she_nb.evidence.figures import image
     from she_nb.serving import calibration as chapter
+    from she_nb.serving.reliability import write_reliability
     from she_nb.serving.rows import read_rows
     from she_nb.serving.survey import read_weights
     from she_nb.shop.judged import open_labels
@@ -88,10 +89,11 @@ def calibrate_command(args) -> None:  # args: judged, labels, output, precision,
     precision, output = stated_numbers(args.precision, "--precision"), Path(args.output)
     opened = open_labels(args.labels, args.queries, args.fields, args.scale, args.locale)
     with speaking_of(args.judged, args.labels):
-        joined = chapter.join_labels(read_rows(args.judged), opened, read_weights(args.labels))
+        joined = chapter.join_labels(read_rows(args.judged), opened, read_weights(args.labels, args.fields, args.queries))
         done = chapter.calibrate(joined, opened.scale.name, precision, args.method)
     picture = atomic_write(output.with_suffix(".png"), image(chapter.calibration_figure(done), "png"))
-    print(f"{chapter.calibration_words(done)}\n{'written':<12} {chapter.save_calibration(done.calibration, output)}, {picture}")
+    paths = chapter.save_calibration(done.calibration, output), write_reliability(done, output.with_suffix(".html")), picture
+    print(f"{chapter.calibration_words(done)}\n{'written':<12} {', '.join(map(str, paths))}")
 
 # %% ../../nbs/69_serving.tools.ipynb #tl0011
 def add_calibrate(commands) -> None:  # of argparse
@@ -99,7 +101,8 @@ def add_calibrate(commands) -> None:  # of argparse
     text = "learn from people's labels how sure a judge is, and what it means on their scale"
     command = commands.add_parser("calibrate", help=text, description=text)
     add_both(command)
-    command.add_argument("-o", "--output", default="judge.cal.json", help="the calibration; a .png beside it (judge.cal.json)")
+    command.add_argument("-o", "--output", default="judge.cal.json",
+                         help="the calibration; a page and a .png beside it (judge.cal.json)")
     command.add_argument("--precision", action="append", default=[], metavar="3=0.95", help="how often a rating must be right")
     command.add_argument("--method", default="", help="temperature, cuts or matrix (what so many labels can bear)")
     add_options(command, READING_OPTIONS)
@@ -147,6 +150,7 @@ def add_export(commands) -> None:  # of argparse
 def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, gain, relevant_from, fail_below, READING_OPTIONS
     "`she-nb measure`; ends with code 1 where the last run is below a gate (ours)."
     from she_nb.serving.measuring import below, judgments_of, labels_judgments, measure_runs, measured_words, read_gate, read_run
+    from she_nb.serving.survey import read_weights
     from she_nb.shop.judged import open_labels, read_scale
     from she_nb.shop.labels import read_queries
     if not 2 <= args.relevant_from <= 4: raise BookError(f"--relevant-from {args.relevant_from}: is no tier from 2 to 4.")
@@ -163,7 +167,8 @@ def measure_command(args) -> None:  # args: judged, run_files, labels, cal, k, g
     names = dict(zip((Path(path).name if len({Path(path).name for path in runs}) == len(runs) else path for path in runs),
                      runs.values(), strict=True))
     people = labels_judgments(opened.labels) if opened else None
-    done = measure_runs(judgments, names, people, args.k, args.gain, args.relevant_from)
+    weights = read_weights(args.labels, args.fields, args.queries) if opened else None
+    done = measure_runs(judgments, names, people, args.k, args.gain, args.relevant_from, weights)
     print(measured_words(done, bool(opened)))
     if missed := below(done, gates): raise SystemExit("she-nb: " + " ".join(missed))
 
@@ -198,7 +203,7 @@ def sample_command(args) -> None:  # args: judged, n, output, design, seed, seco
     lines = [("drawn", f"{len(drawn):,} pairs of {len({one.row['query'] for one in drawn}):,} queries, seed {args.seed}"),
              ("random", f"{counts.pop('random', 0):,}, each of which stands for {lot:.4g} pairs"),
              *((reason, f"{count:,}, each of which stands for itself") for reason, count in sorted(counts.items())),
-             ("written", f"{path}; keep its column weight, and give it back to she-nb calibrate")]
+             ("written", f"{path}; keep its column weight: agree, calibrate and measure count by it")]
     print("\n".join(f"{name:<12} {text}" for name, text in lines))
 
 # %% ../../nbs/69_serving.tools.ipynb #tl0021
