@@ -15,15 +15,18 @@ from small import COLORS, THINGS, corpus, new_model, pair, rows, settings, train
 from transformers import TrainerCallback
 
 from she_nb.book.launch import accelerate_file
+from she_nb.learning.judge import Judge
 from she_nb.learning.ppo import Answer, PPOTrainer
+from she_nb.learning.reward import Router
 from she_nb.learning.sft import sft_dataset, train_sft
 from she_nb.learning.trainers import StepGRPOTrainer, train_rl
+from she_nb.policy.models import load_policy
 
 PAIRS = [pair(i, *parts) for i, parts in enumerate(product(THINGS, COLORS, THINGS, (*COLORS, None)))]
 TRUTHS = [each.truth for each in PAIRS]
 STEP = {"prompts_per_step": 8, "group": 3, "max_new_tokens": 32, "optim": "sgd", "lr": 0.5,
         "save_strategy": "steps", "save_steps": 1}
-CASES = {"grpo": {"credit": "grpo"}, "srpo": {}, "refill": {"dynamic": True, "refill": 2},
+CASES = {"grpo": {"credit": "grpo"}, "srpo": {}, "judge": {}, "refill": {"dynamic": True, "refill": 2},
          "ppo": {"dynamic": True, "refill": 1, "trainer_class": PPOTrainer, "critic_steps": 2}}
 
 
@@ -36,7 +39,7 @@ def tune(out):
     model = new_model(tokenizer, 32, 1, 2)
     dataset = sft_dataset(PAIRS * 2, TRUTHS + TRUTHS[1:] + TRUTHS[:1])
     train_sft(model, tokenizer, dataset, out / "sft", steps=120, batch=12, lr=2e-2)
-    model.save_pretrained(out / "policy")
+    for part in (model, tokenizer): part.save_pretrained(out / "policy")
 
 
 class Kill(TrainerCallback):
@@ -62,6 +65,9 @@ def run(out, case, folder, kill=None):
         prompts = tokenizer([each.query for each in PAIRS])["input_ids"]
         options["answers"] = [Answer(ids, [5 + i % 9, 7], float(i % 2)) for i, ids in enumerate(prompts)]
     config = settings(out / folder / "checkpoints", 4, **STEP)
+    if case == "judge":
+        judge = Judge(load_policy(out / "policy")[0], tokenizer, samples=2, new_tokens=(32,) * 5)
+        options["router"] = Router("judge", judge)
     trainer, _ = train_rl(str(out / "policy"), tokenizer, PAIRS, config, trainer_class=Recording,
                           evaluation=Kill(kill) if kill else None, **options)
     rank, state = trainer.accelerator.process_index, trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -10,7 +10,7 @@ import torch
 from she_nb.book.launch import launch
 from she_nb.book.stages import StageError
 
-CASES = ("grpo", "srpo", "refill", "ppo")  # of ranks.py; the last two sample by pass rate and replace unanimous groups
+CASES = ("grpo", "srpo", "judge", "refill", "ppo")  # of ranks.py; the last two sample by pass rate and replace unanimous groups
 LIBRARY_NOISE = {"PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -48,7 +48,7 @@ def test_several_ranks_learn_what_one_learns(runs, case, ranks):
     assert [rank["ranks"] for rank in several] == [ranks] * ranks
     assert len({str(ids) for _, ids in one["seen"][0]}) > 8 and len({row["reward"] for row in one["rows"]}) > 1
     same(one, several)
-    if case in CASES[2:]: assert max(row["prompts_asked"] for row in one["rows"]) > 8
+    if case in CASES[3:]: assert max(row["prompts_asked"] for row in one["rows"]) > 8
 
 
 def test_a_job_that_was_killed_continues_as_if_it_never_was(runs):
