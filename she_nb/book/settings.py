@@ -25,7 +25,12 @@ class TaskSettings:
     "Which model learns what from which data."
     preset: str  # the section's name
     declared: tuple[tuple[str, str], ...]  # the file's arms: name, and rule with changes
-    model: str  # qwen3-tiny (from scratch), or a folder or hub id of a causal model
+    model: str  # qwen3-tiny (from scratch), smollm2 (from a package), or a folder or hub id of a causal model
+    dtype: str  # fp32, or bf16 for the weights below an adapter and for the arithmetic of whole ones
+    lora_rank: int  # of the adapter that is trained instead of the weights; 0: the weights
+    lora_alpha: float  # its scale, times the rank
+    lora_targets: str  # its matrices, with commas between, or all-linear
+    checkpointing: int  # 1 runs each layer twice and keeps less in memory
     vocab_size: int  # pieces of the tokenizer
     hidden_size: int  # width of the model
     layers: int  # decoder layers
@@ -118,7 +123,7 @@ class Settings(LearningSettings):
     threads_train: int  # threads of each training arm
 
 # %% ../../nbs/70_book.settings.ipynb #f197658b
-LIMITS = {"data_seed": (0, 2**31),
+LIMITS = {"data_seed": (0, 2**31), "lora_rank": (0, 4096), "lora_alpha": (0.01, 10**4), "checkpointing": (0, 1),
           "micro_batch": (0, 10**6), "vocab_size": (300, 10**6), "group_size": (2, 1024), "warmup_steps": (0, 10**6),
           "dpo_samples": (2, 1024), "select_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100),
           "dpo_sft": (0, 100), "judge_lr": (1e-8, 1), "judge_rl_lr": (1e-8, 1),
@@ -127,7 +132,7 @@ LIMITS = {"data_seed": (0, 2**31),
           "sft_muon_lr": (0, 1), "judge_muon_lr": (0, 1), "rl_lr": (1e-8, 1),
           "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10), "clip_epsilon": (0.001, 1),
           "gae_lambda": (0, 1), "critic_steps": (0, 10**6)}
-CHOICES = {"rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
+CHOICES = {"dtype": ("fp32", "bf16"), "rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
            "reading": ("group", "step", "return"), "slips": ("all", "shown"), "engine": ("shared", "trl"),
            "sharding": ("ddp", "fsdp2", "zero3"),
            "teacher": ("annotator", "truth"), "dpo_prefer": ("tier", "steps"), "start": ("sft", "dpo"),
@@ -286,6 +291,22 @@ def _check_arms(settings, where):
         first = arm_of.setdefault(variant(settings, arm, where), arm)
         if first != arm and "+" in arm + first: raise BookError(f"{where}: {first} and {arm} are the same arm; keep one.")
 
+# %% ../../nbs/70_book.settings.ipynb #lora0001
+def _check_adapter(settings, where):
+    "BookError for what an adapter cannot do."
+    if not settings.lora_rank: return
+    for key in ("model", "judge_model"):
+        muon = {"model": "sft_muon_lr", "judge_model": "judge_muon_lr"}[key]
+        if getattr(settings, key) != "qwen3-tiny" and getattr(settings, muon):
+            raise BookError(f"{where}: Muon trains whole matrices and lora_rank = {settings.lora_rank} an adapter; "
+                            f"set {muon} = 0.")
+    if settings.model == "qwen3-tiny":
+        raise BookError(f"{where}: lora_rank = {settings.lora_rank} adapts a pre-trained model, and qwen3-tiny is none; "
+                        "set lora_rank = 0, or model = smollm2.")
+    for arm in settings.arms:
+        if variant(settings, arm)[0] == "ppo":
+            raise BookError(f"{where}: the critic of {arm} is a second whole model; leave it out, or set lora_rank = 0.")
+
 # %% ../../nbs/70_book.settings.ipynb #8df1e11a
 def presets() -> tuple[str, ...]:  # names of the sections
     "The presets that settings.ini has (ours)."
@@ -308,6 +329,7 @@ def load_settings(
     values = {key: _checked(source, key, text) for key, (source, text) in texts.items()}
     settings = Settings(preset, _declared(sections, file), **values)
     _check_arms(settings, where)
+    _check_adapter(settings, where)
     if settings.hidden_size % (2 * settings.heads):
         raise BookError(f"{where}: hidden_size = {settings.hidden_size} is no multiple of twice heads = {settings.heads}; "
                         "each head needs an even width.")

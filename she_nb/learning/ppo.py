@@ -19,6 +19,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .trainers import StepGRPOTrainer
+from ..policy.chat import framed
 from ..policy.sharing import as_rows
 from ..task import BookError, Pair, prompt
 
@@ -145,7 +146,8 @@ def rated_answers(
     rule: str = "brief",                  # of the prompt, a key of RULES
 ) -> list[Answer]:
     "Answers of a policy with their outcomes."
-    prompts = tokenizer([prompt(pair.query, pair.item, rule) for pair in pairs], add_special_tokens=False)["input_ids"]
+    prompts = framed(tokenizer, [prompt(pair.query, pair.item, rule) for pair in pairs])
+    prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     groups = zip(prompts, responses, scores, strict=True)
     return [Answer(ids, response, steps[4]) for ids, group, group_scores in groups
             for response, steps in zip(group, group_scores, strict=True)]

@@ -11,10 +11,11 @@ from math import comb
 from pathlib import Path
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from .sft import COMMON_CONFIG, Progress, compact_head, run_training
+from .sft import Progress, common_config, compact_head, in_turns, run_training
 from ..task import Pair, StepTruth, prompt, render
 from ..verifier import step_rewards
 
@@ -70,7 +71,7 @@ class CompactDPOTrainer(DPOTrainer):
         with compact_head(): return super().compute_loss(*args, **kwargs)
 
 def train_dpo(
-    model: str | Path,        # folder of the policy; it is also the reference
+    model: str | PeftModel,   # from `policy_to_train`; as it comes it is also the reference
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict],         # from `make_preferences`
     out: str | Path,          # folder of checkpoints
@@ -80,12 +81,14 @@ def train_dpo(
     beta: float = 0.1,        # how far from the reference (TRL's default)
     sft_weight: float = 1.0,  # of the loss of fine-tuning (ours)
     seed: int = 0,
+    **precision,              # of `common_config`
 ) -> tuple[DPOTrainer, list[dict]]:  # the trainer, and one row for each step
     "Direct preference optimisation (2305.18290)."
     config = DPOConfig(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, beta=beta,
                        loss_type=["sigmoid", "sft"], loss_weights=[1.0, sft_weight], warmup_steps=max(steps // 10, 1),
                        precompute_ref_log_probs=steps * batch > len(rows), lr_scheduler_type="cosine", max_length=None,
-                       seed=seed, save_steps=max(steps // 4, 1), **COMMON_CONFIG)
-    trainer = CompactDPOTrainer(str(model), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                         callbacks=[Progress(("loss", "rewards/accuracies", "rewards/margins"))])
+                       seed=seed, save_steps=max(steps // 4, 1), **common_config(**precision))
+    trainer = CompactDPOTrainer(model, args=config, train_dataset=in_turns(Dataset.from_list(rows), tokenizer),
+                                processing_class=tokenizer,
+                                callbacks=[Progress(("loss", "rewards/accuracies", "rewards/margins"))])
     return trainer, run_training(trainer, out)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import pad
@@ -26,7 +27,7 @@ from trl import GRPOConfig
 from .advantage import advantage, shared_prefix_counts, to_tokens
 from .reward import Router, agreement, step_errors
 from .sampling import DifficultySampler
-from .sft import COMMON_CONFIG, Progress, launched_ranks, run_training
+from .sft import Progress, common_config, in_turns, launched_ranks, run_training
 from ..policy.rollout import SampledResponse
 from ..policy.sharing import SharedPromptTrainer, only_temperature
 from she_nb.task import (
@@ -285,12 +286,19 @@ class StepRewardTrainer(RefillTrainer):
     def tiers_correct(self, inputs, ids):
         return score_responses(ids, [self.pairs[row["row"]].truth for row in inputs], self.table, self.order)[1][:, 4]
 
+    def routed(self, pairs, parsed, scores):
+        "The rewards of this process's steps. Where a judge writes, all ranks ask it about all steps and share its work."
+        if self.accelerator.num_processes == 1 or self.router.judge is None: return self.router(pairs, parsed, scores)
+        own = self.accelerator.process_index * len(pairs) + torch.arange(len(pairs))
+        pairs, parsed, known = zip(*gather_object(list(zip(pairs, parsed, scores.tolist(), strict=True))), strict=True)
+        return self.router(pairs, parsed, torch.tensor(known))[own]
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         "Score and reward every step, keep both for all processes, and give TRL the outcome, (all responses, 1)."
         start, pairs = time.perf_counter(), [self.pairs[row["row"]] for row in inputs]
         truths = [pair.truth for pair in pairs]
         parsed, scores, self._token_steps = score_responses(completion_ids_list, truths, self.table, self.order)
-        routed, rewards = time.perf_counter(), self.router(pairs, parsed, scores)
+        routed, rewards = time.perf_counter(), self.routed(pairs, parsed, scores)
         self._seconds = {"score_seconds": routed - start, "judge_seconds": time.perf_counter() - routed}
         well_formed = torch.tensor([float(not response.malformed) for response in parsed])
         local = [values.to(self.accelerator.device) for values in (scores, well_formed, rewards)]
@@ -342,6 +350,7 @@ def rl_config(
     max_new_tokens: int = 64,
     micro_batch: int = 0,        # responses in one forward pass; 0 takes all
     seed: int = 0,
+    **precision,                 # of `common_config`
 ) -> GRPOConfig:
     "One update for each generation batch; the loss is averaged within a response, then over responses (GRPO, TaoSR1)."
     micro, passes = batch_split(prompts_per_step * group, micro_batch, launched_ranks())
@@ -351,13 +360,14 @@ def rl_config(
         lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup,
         lr_scheduler_kwargs={"num_decay_steps": max(steps // 4, 1), "decay_type": "linear", "min_lr_ratio": 0.0},
         temperature=temperature, beta=beta, epsilon=epsilon, loss_type="grpo", scale_rewards="group",
-        importance_sampling_level="token", max_completion_length=max_new_tokens, seed=seed, **COMMON_CONFIG)
+        importance_sampling_level="token", max_completion_length=max_new_tokens, seed=seed,
+        **common_config(**precision))
 
 # %% ../../nbs/38_learning.trainers.ipynb #c022
 PROGRESS_METRICS = ("final_accuracy", "all_steps", "entropy", "advantage_std", "completions/mean_length")
 
 def train_rl(
-    model: PreTrainedModel | str,                  # a policy, or its folder (beta > 0: TRL reloads the reference from it)
+    model: PreTrainedModel | str,                  # from `policy_to_train` (beta > 0: TRL opens a whole reference by its folder)
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Pair],                             # RL sees their truth and no annotator's chain
     config: GRPOConfig,                            # from `rl_config`
@@ -370,8 +380,9 @@ def train_rl(
     "GRPO, SRPO or any other registered credit rule: the arms differ in `credit` and `gamma` alone."
     shared = engine == "shared"
     trainer = trainer_class(
-        model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer, pairs=pairs, shared_rollout=shared,
-        packed_update=shared, callbacks=[*filter(None, [evaluation]), Progress(PROGRESS_METRICS)], **trainer_options)
+        model, args=config, train_dataset=in_turns(rl_dataset(pairs, rule), tokenizer), processing_class=tokenizer, pairs=pairs,
+        shared_rollout=shared, packed_update=shared,
+        callbacks=[*filter(None, [evaluation]), Progress(PROGRESS_METRICS)], **trainer_options)
     return trainer, run_training(trainer, config.output_dir)
 
 # %% ../../nbs/38_learning.trainers.ipynb #338aa872
@@ -387,8 +398,9 @@ def train_judge(
     def open_steps(completion_ids, row, **kwargs):
         parsed = (parse(response_text(ids, table)) for ids in completion_ids)
         return [sum(oracle(response, pairs[i].truth)) / 2 for response, i in zip(parsed, row, strict=True)]
-    trainer = SharedPromptTrainer(model, args=config, train_dataset=rl_dataset(pairs, rule), processing_class=tokenizer,
-                                  reward_funcs=[open_steps], callbacks=[Progress(("reward", "entropy"))])
+    trainer = SharedPromptTrainer(model, args=config, train_dataset=in_turns(rl_dataset(pairs, rule), tokenizer),
+                                  processing_class=tokenizer, reward_funcs=[open_steps],
+                                  callbacks=[Progress(("reward", "entropy"))])
     return run_training(trainer, config.output_dir)
 
 # %% ../../nbs/38_learning.trainers.ipynb #c024

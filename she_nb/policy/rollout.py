@@ -6,13 +6,16 @@
 __all__ = ['ATTENTION', 'COMPACTION_THRESHOLD', 'takes_any_mask', 'shared_attention', 'accept_sharing', 'GroupCacheLayer',
            'GroupCache', 'sample_tokens', 'SampledResponse', 'without_router_logits', 'additive', 'prefill',
            'is_sharded', 'anywhere', 'decode', 'sample', 'group_prompts', 'truncate_at_eos', 'transformers_sample',
-           'generate', 'generate_responses']
+           'generate', 'generate_responses', 'own_places', 'responses_of_all']
 
 # %% ../../nbs/22_policy.rollout.ipynb #c002
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed import ReduceOp, all_reduce
 from torch.distributed.tensor import DTensor
@@ -22,6 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .chat import framed
 from ..task import BookError, Pair, prompt, response_text, token_bytes
 
 # %% ../../nbs/22_policy.rollout.ipynb #c007
@@ -114,11 +118,12 @@ class GroupCache(Cache):
     def expand(self, prompt_indices: Tensor, capacity: int) -> None:
         "Make room for `capacity` tokens of each response; `prompt_indices` names its prompt."
         self.place(prompt_indices)
+        self.responses = torch.arange(len(prompt_indices), device=prompt_indices.device)
         for layer in self.layers: layer.expand(len(prompt_indices), capacity)
 
     def keep(self, responses: Tensor) -> None:
         "Drop all responses but these, and the prompts that have none left."
-        prompts = self.place(self.prompt_indices[responses])
+        prompts, self.responses = self.place(self.prompt_indices[responses]), self.responses[responses]
         for layer in self.layers: layer.keep(responses, prompts)
 
     def by_prompt(self, states: Tensor) -> Tensor:  # (responses, heads, tokens, size) -> (prompts, heads, places x tokens, size)
@@ -164,6 +169,7 @@ class SampledResponse:
     "One sampled response and its log-probabilities."
     ids: list[int]       # sampled ids, the end token included where there is one
     logps: list[float]   # log-probabilities at the sampling temperature, one for each id
+    routes: Tensor | None = None  # of a mixture, where noted: experts of each token read, (prompt + response - 1, layers, active)
 
 # %% ../../nbs/22_policy.rollout.ipynb #c017
 def without_router_logits(model) -> dict:  # arguments for its forward pass
@@ -314,13 +320,15 @@ def generate(
     batch: int = 500,          # responses at a time
     seed: int = 0,             # of the sampling
     shared: bool = True,       # read each prompt once for its group, where the model allows
+    places: Sequence[int] | None = None,  # of the prompts among `total`, which decide their random numbers; None: they are all
+    total: int = 0,
 ) -> list[list[list[int]]]:    # ids, by prompt and response
     "Sample responses (temperature 0.99 in the paper's training; greedy in our tests); a greedy group raises `BookError`."
     if group > 1 and temperature <= 0:
         raise BookError(f"a group of {group} greedy responses is one response; set temperature > 0.")
     torch.manual_seed(seed)
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    uniforms = torch.rand(len(prompts), group, max_new_tokens)
+    prompt_ids = tokenizer(framed(tokenizer, prompts), add_special_tokens=False)["input_ids"]
+    uniforms = torch.rand(total or len(prompts), group, max_new_tokens)[slice(None) if places is None else places]
     by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     size, responses = max(batch // group, 1), [None] * len(prompt_ids)
     for first in range(0, len(prompt_ids), size):
@@ -345,3 +353,27 @@ def generate_responses(
     "Sample the policy's responses to pairs, as texts."
     table, prompts = token_bytes(tokenizer), [prompt(pair.query, pair.item, rule) for pair in pairs]
     return [[response_text(ids, table) for ids in group] for group in generate(model, tokenizer, prompts, **options)]
+
+# %% ../../nbs/22_policy.rollout.ipynb #ra22a004
+def own_places(
+    count: int,  # items
+    rank: int,
+    ranks: int,
+) -> list[int]:  # as many for every rank; one of `count` or more fills up
+    "The places of a rank's items, every so many-th."
+    return list(range(rank, ceil(count / ranks) * ranks, ranks))
+
+def responses_of_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],    # the same in every process
+    rule: str = "brief",  # a key of RULES
+    **options,            # of `generate`
+) -> list[list[str]]:     # by pair and response, the same in every process
+    "What `generate_responses` returns, sampled by all processes together (ours)."
+    state, count = PartialState(), len(pairs)
+    places = own_places(count, state.process_index, state.num_processes)
+    own = [place % count for place in places]
+    texts = generate_responses(model, tokenizer, [pairs[i] for i in own], rule, places=own, total=count, **options)
+    gathered = dict(gather_object(list(zip(places, texts, strict=True))))
+    return [gathered[place] for place in range(count)]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..policy.chat import framed
 from ..policy.models import load_policy
 from .answers import PRECISIONS, Decoding, answer_prompts, usual_precision
 from .card import model_digest, read_card
@@ -100,9 +101,10 @@ def fitted_prompt(
     item, rule = asked.item[:LONGEST], judge.decoding.rule
     room = getattr(judge.model.config, "max_position_embeddings", 1024) - judge.decoding.limit - 8
     query = clean_text(asked.query, LONGEST // 4)
-    while len(judge.tokenizer(prompt(query, item, rule), add_special_tokens=False)["input_ids"]) > room and item:
-        item = item[:len(item) * 3 // 4]
-    return prompt(query, item, rule), len(asked.item) - len(item) + asked.dropped
+    def text(): return framed(judge.tokenizer, [prompt(query, item, rule)])[0]
+
+    while len(judge.tokenizer(text(), add_special_tokens=False)["input_ids"]) > room and item: item = item[:len(item) * 3 // 4]
+    return text(), len(asked.item) - len(item) + asked.dropped
 
 def row_key(
     judge: Judge,
