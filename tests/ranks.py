@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from small import COLORS, THINGS, corpus, new_model, pair, rows, settings, train_tokenizer, weights
@@ -111,7 +111,9 @@ def spread_weights():
 
     def init_with_fsdp(self, *args, fsdp_plugin=None, **options):
         init(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None: self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if fsdp_plugin is None: return
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init_with_fsdp
 
@@ -133,9 +135,10 @@ if __name__ == "__main__":
 
     def spread():
         spread_weights()
-        cases("fsdp2", ["refill", "ppo"])
+        cases("fsdp2", ["ppo"])
 
-    ended = [forked(1, lambda: tune(out)), *(forked(ranks, lambda ranks=ranks: cases(ranks)) for ranks in (1, 2, 3))]
+    ended = [forked(1, lambda: tune(out)), forked(1, lambda: cases(1)), forked(2, lambda: cases(2)),
+             forked(3, lambda: cases(3, ["srpo", "ppo"]))]
     killed = forked(2, lambda: run(out, "ppo", "killed", kill=2))
     ended += [forked(2, lambda: run(out, "ppo", "killed")), forked(2, spread, **fsdp_environment())]
     print(ended, killed)

@@ -109,6 +109,7 @@ def launch(
     sharding: str = "ddp",  # one of SHARDINGS
 ):
     "Run a function here, or in every rank of a job; returns what the first rank returns (ours)."
+    if ranks == 1 and sharding != "ddp": raise BookError(f"sharding = {sharding} spreads weights over ranks; set ranks above 1.")
     if ranks == 1: return getattr(import_module(module), function)(**arguments)
     import torch
     gpus, folder = torch.cuda.device_count(), Path(folder)
