@@ -35,8 +35,9 @@ def same(one, several, weights=1e-5):
              "value_loss", "explained_variance", "learning_rate")
     for left, right in zip(one["rows"], several[0]["rows"], strict=True):
         for name in names: assert left.get(name, 0) == pytest.approx(right.get(name, 0), rel=1e-3, abs=1e-5, nan_ok=True), name
+    assert several[0]["weights"].keys() == one["weights"].keys()   # of spread ones the first rank has all, the others none
     for rank in several:
-        for name, weight in one["weights"].items(): assert (rank["weights"][name] - weight).abs().max() < weights, name
+        for name, weight in rank["weights"].items(): assert (one["weights"][name] - weight).abs().max() < weights, name
         assert (rank["critic"] - one["critic"]).abs().max() < weights
 
 
