@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROGRESS_METRICS', 'METRIC_NAMES', 'EvaluationCallback', 'outcome_reward', 'rl_dataset', 'step_metrics',
            'score_responses', 'step_advantages', 'token_advantages', 'credit_metrics', 'EpochSampler',
-           'PromptOrderTrainer', 'RefillTrainer', 'local_prefix_counts', 'StepRewardTrainer', 'StepGRPOTrainer',
-           'batch_split', 'rl_config', 'train_rl', 'train_judge', 'curve_rows']
+           'ResumableTrainer', 'PromptOrderTrainer', 'RoundsTrainer', 'RefillTrainer', 'local_prefix_counts',
+           'StepRewardTrainer', 'StepGRPOTrainer', 'batch_split', 'rl_config', 'train_rl', 'train_judge', 'curve_rows']
 
 # %% ../../nbs/38_learning.trainers.ipynb #c002
 import json
@@ -150,8 +150,26 @@ class EpochSampler(Sampler):
             for _ in range(self.epoch()): torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
         return iter(self.sampler)
 
+# %% ../../nbs/38_learning.trainers.ipynb #ra38a004
+class ResumableTrainer(SharedPromptTrainer):
+    "Checkpoints with what TRL does not know: subclasses say what (ours)."
+    def save_state(self, checkpoint: Path) -> None: "Write it; the main process does."
+
+    def load_state(self, checkpoint: Path) -> None: "Read it, in every process, before the prompts are ordered."
+
+    def _save_checkpoint(self, model, trial):
+        checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.accelerator.is_main_process:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            self.save_state(checkpoint)
+        super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint=None, **options):
+        if resume_from_checkpoint: self.load_state(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, **options)
+
 # %% ../../nbs/38_learning.trainers.ipynb #e160667b
-class PromptOrderTrainer(SharedPromptTrainer):
+class PromptOrderTrainer(ResumableTrainer):
     "The order of prompts: shuffled by epoch, or sampled by difficulty; the same when a killed run continues (ours)."
     def __init__(
         self,
@@ -179,28 +197,15 @@ class PromptOrderTrainer(SharedPromptTrainer):
         self.difficulty_sampler.rates.update(prompts.cpu(), correct.nan_to_num(0.0).cpu())
 
     def save_state(self, checkpoint: Path) -> None:
-        "Write what TRL does not know; the main process does."
         if self.difficulty_sampler: atomic_write(checkpoint / "difficulty.json", json.dumps(self.difficulty_sampler.state_dict()))
 
     def load_state(self, checkpoint: Path) -> None:
-        "Read it, in every process, before the sampler is made."
         path = checkpoint / "difficulty.json"
         self._sampler_state = json.loads(path.read_text()) if path.is_file() else None
 
-    def _save_checkpoint(self, model, trial):
-        checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.accelerator.is_main_process:
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            self.save_state(checkpoint)
-        super()._save_checkpoint(model, trial)
-
-    def train(self, resume_from_checkpoint=None, **options):
-        if resume_from_checkpoint: self.load_state(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **options)
-
-# %% ../../nbs/38_learning.trainers.ipynb #7a1cf27d
-class RefillTrainer(PromptOrderTrainer):
-    "Dynamic sampling: unanimous groups are replaced by groups of other prompts (DAPO; number of rounds: ours)."
+# %% ../../nbs/38_learning.trainers.ipynb #ra38a005
+class RoundsTrainer(PromptOrderTrainer):
+    "What a round of refilling needs: prompts are sampled, and their tiers known in all processes."
     def __init__(
         self,
         *args,
@@ -223,6 +228,9 @@ class RefillTrainer(PromptOrderTrainer):
 
     def gathered(self, values: Tensor) -> Tensor: return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
 
+# %% ../../nbs/38_learning.trainers.ipynb #7a1cf27d
+class RefillTrainer(RoundsTrainer):
+    "Dynamic sampling: unanimous groups are replaced by groups of other prompts (DAPO; number of rounds: ours)."
     def refill_unanimous(self, inputs: list[dict]) -> list[dict]:  # of this process; a group may lie in two
         "Sample, and sample other prompts in place of unanimous groups; TRL then takes the pending responses."
         size, group, inputs = len(inputs), self.num_generations, list(inputs)

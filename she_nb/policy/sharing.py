@@ -71,8 +71,10 @@ class SharedRolloutTrainer(GRPOTrainer):
         self._rollout_key = step, self._rollout_key[1] + 1 if self._rollout_key[0] == step else 0   # counts rollouts of a step
         return seeded_uniforms(" ".join(map(str, self._rollout_key)), total, self.max_completion_length)
 
-    def sample_responses(self, prompt_ids: list[list[int]], first: int, total: int) -> list[SampledResponse]:
-        "A response to each prompt, equal ones side by side; they stand from `first` on among the `total` of all processes."
+    def sample_responses(self, prompt_ids: list[list[int]], first: int | None = None, total: int = 0) -> list[SampledResponse]:
+        "A response to each prompt, equal ones side by side; `first` is their place among `total`; None: processes have as many."
+        ranks, share = self.accelerator, len(prompt_ids)
+        if first is None: first, total = ranks.process_index * share, ranks.num_processes * share
         uniforms = self.uniforms(total)[first:first + len(prompt_ids)]
         unwrapped = unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation,
@@ -86,8 +88,7 @@ class SharedRolloutTrainer(GRPOTrainer):
             if is_sharded(self.model) and not self.use_vllm:
                 raise BookError("TRL's rollout hangs where ranks share the weights; set engine = shared, or sharding = ddp.")
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
-        first, total = (len(prompt_ids) * n for n in (self.accelerator.process_index, self.accelerator.num_processes))
-        responses, self._pending_responses = self._pending_responses or self.sample_responses(prompt_ids, first, total), None
+        responses, self._pending_responses = self._pending_responses or self.sample_responses(prompt_ids), None
         updates = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % updates:  # TRL will ask for the old log-probabilities
             self._old_logps = pad_sequence([torch.tensor(response.logps) for response in responses], batch_first=True)
