@@ -29,7 +29,7 @@ for run in todo:
         name: re.sub(r"\W", "_", run.key)
         input: what["input"]
         output: what["output"]
-        threads: run.threads
+        threads: run.cores
         priority: first.get((run.stage, run.arm), first.get(run.stage, 0)) - run.seed  # early seeds first (the search has seed 100)
         params: command=what["command"]
         shell: "exec {params.command}"

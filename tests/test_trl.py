@@ -274,7 +274,8 @@ def together(tmp_path_factory):
     script, root = Path(__file__).parent / "two_processes.py", Path(__file__).parent.parent
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}  # gloo, with or without a GPU
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "",  # gloo, with or without a GPU
+                        "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*launch, str(script), str(out)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     run_scripted(out, "one", 12, 12)

@@ -132,10 +132,12 @@ class Run:
     arguments: dict  # what papermill passes
     parameters: dict  # identify the run; equal to those of its record
     needs: tuple[str, ...]  # keys of the runs it builds on
-    threads: int = 1  # for PyTorch and for the scheduler
+    threads: int = 1  # for PyTorch, of each rank
 
     @property
     def key(self) -> str: return run_key(self.stage, self.arm, self.seed)
+    @property
+    def cores(self) -> int: return self.threads * self.arguments.get("ranks", 1)   # for the scheduler
     @property
     def writes_checkpoint(self) -> bool:  # which other runs read
         return self.stage in ("data", "sft", "dpo", "judge", "ask", "select", "train")

@@ -120,6 +120,8 @@ class Settings(LearningSettings):
     select_samples: int  # answers to each
     engine: str  # of rollouts and updates: shared, or trl
     replay: int  # 1: the update of a mixture takes the routes of the rollout
+    ranks: int  # processes that share each step of a training arm
+    sharding: str  # who holds the weights then: ddp, fsdp2 or zero3
     threads_sft: int  # threads of fine-tuning
     threads_train: int  # threads of each training arm
 
@@ -130,12 +132,13 @@ LIMITS = {"data_seed": (0, 2**31), "lora_rank": (0, 4096), "lora_alpha": (0.01, 
           "dpo_samples": (2, 1024), "select_samples": (2, 1024), "dpo_lr": (1e-8, 1), "dpo_beta": (1e-6, 100),
           "dpo_sft": (0, 100), "judge_lr": (1e-8, 1), "judge_rl_lr": (1e-8, 1),
           "judge_samples": (0, 1024), "judge_flip": (0, 1), "judge_share": (0.001, 1),
-          "refill": (0, 100), "watch_every": (0, 10**6), "watch_pairs": (1, 10**6), "sft_lr": (1e-8, 1),
+          "ranks": (1, 4096), "refill": (0, 100), "watch_every": (0, 10**6), "watch_pairs": (1, 10**6), "sft_lr": (1e-8, 1),
           "sft_muon_lr": (0, 1), "judge_muon_lr": (0, 1), "rl_lr": (1e-8, 1),
           "temperature": (0.01, 10), "gamma": (0, 1), "beta": (0, 10), "clip_epsilon": (0.001, 1),
           "gae_lambda": (0, 1), "critic_steps": (0, 10**6)}
 CHOICES = {"dtype": ("fp32", "bf16"), "rule": ("full", "brief"), "order": ("think_first", "answer_first", "label_only"),
            "reading": ("group", "step", "return"), "slips": ("all", "shown"), "engine": ("shared", "trl"),
+           "sharding": ("ddp", "fsdp2", "zero3"),
            "teacher": ("annotator", "truth", "valued"), "dpo_prefer": ("tier", "steps"), "start": ("sft", "dpo"),
            "reward": ("hybrid", "judge", "verifier", "oracle", "valued"),
            "selection": ("random", "rejection", "steps", "diversified", "dynamic"),

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..policy.models import load_policy
-from ..policy.rollout import generate_responses
+from ..policy.rollout import responses_of_all
 from ..task import STEPS, TAGS, BookError, Pair, Parsed, StepTruth, parse, read_step, step_texts, step_value
 from ..verifier import score, step_score
 
@@ -85,17 +85,17 @@ class Judge:
         self.rule, self.new_tokens, self.batch = rule, new_tokens, batch
 
     def write(self, pairs: list[Pair], last: int = 4) -> list[list[Parsed]]:
-        "The judge's own chains of each pair, as far as the step `last`; the same in every call with the same pairs."
+        "The judge's own chains of each pair, as far as the step `last`; the same in every call with the same pairs; ranks share."
         sampling = {"group": self.samples, "temperature": 1.0} if self.samples else {}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            responses = generate_responses(self.model, self.tokenizer, pairs, self.rule, batch=self.batch,
-                                           max_new_tokens=self.new_tokens[last], **sampling)
+            responses = responses_of_all(self.model, self.tokenizer, pairs, self.rule, batch=self.batch,
+                                         max_new_tokens=self.new_tokens[last], **sampling)
         return [[parse(text) for text in texts] for texts in responses]
 
     def score(self, claims: list[Claim]) -> list[float]:
         "The support of every claim, in [0, 1] or NaN; chains are written once for each pair."
-        if not claims: return []
+        if not claims: return []   # in all ranks, if in one: they hold the same claims
         pairs = {claim.pair_key: claim.pair for claim in claims}
         written = self.write(list(pairs.values()), max(claim.step for claim in claims))
         chains = dict(zip(pairs, written, strict=True))

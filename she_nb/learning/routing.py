@@ -49,9 +49,10 @@ class ReplayTrainer(StepGRPOTrainer):
         if freeze: freeze_routers(self.model)
         self.replay, self.hooks, self._routes, self._sampled = replay, RouterHooks(self.model), [], None
 
-    def sample_responses(self, prompt_ids) -> list[SampledResponse]:
+    def sample_responses(self, prompt_ids, *place) -> list[SampledResponse]:
         "Sample, and note the experts of every token."
-        with self.hooks.recording() as calls: responses = super().sample_responses(prompt_ids)
+        with self.hooks.recording() as calls: responses = super().sample_responses(prompt_ids, *place)
+        if not responses: return []
         return with_routes(calls, prompt_ids, group_prompts(prompt_ids)[1], responses)
 
     def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROGRESS_METRICS', 'METRIC_NAMES', 'EvaluationCallback', 'outcome_reward', 'rl_dataset', 'step_metrics',
            'score_responses', 'step_advantages', 'token_advantages', 'credit_metrics', 'EpochSampler',
-           'PromptOrderTrainer', 'RefillTrainer', 'local_prefix_counts', 'StepRewardTrainer', 'StepGRPOTrainer',
-           'rl_config', 'train_rl', 'train_judge', 'curve_rows']
+           'ResumableTrainer', 'PromptOrderTrainer', 'RoundsTrainer', 'RefillTrainer', 'local_prefix_counts',
+           'StepRewardTrainer', 'StepGRPOTrainer', 'batch_split', 'rl_config', 'train_rl', 'train_judge', 'curve_rows']
 
 # %% ../../nbs/38_learning.trainers.ipynb #c002
 import json
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import pad
@@ -26,7 +27,8 @@ from trl import GRPOConfig
 from .advantage import advantage, shared_prefix_counts, to_tokens
 from .reward import Router, agreement, step_errors
 from .sampling import DifficultySampler
-from .sft import Progress, common_config, in_turns, run_training
+from .sft import Progress, common_config, in_turns, launched_ranks, run_training
+from ..policy.rollout import SampledResponse
 from ..policy.sharing import SharedPromptTrainer, only_temperature
 from she_nb.task import (
     ORDERS,
@@ -148,8 +150,26 @@ class EpochSampler(Sampler):
             for _ in range(self.epoch()): torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
         return iter(self.sampler)
 
+# %% ../../nbs/38_learning.trainers.ipynb #ra38a004
+class ResumableTrainer(SharedPromptTrainer):
+    "Checkpoints with what TRL does not know: subclasses say what (ours)."
+    def save_state(self, checkpoint: Path) -> None: "Write it; the main process does."
+
+    def load_state(self, checkpoint: Path) -> None: "Read it, in every process, before the prompts are ordered."
+
+    def _save_checkpoint(self, model, trial):
+        checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.accelerator.is_main_process:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            self.save_state(checkpoint)
+        super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint=None, **options):
+        if resume_from_checkpoint: self.load_state(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, **options)
+
 # %% ../../nbs/38_learning.trainers.ipynb #e160667b
-class PromptOrderTrainer(SharedPromptTrainer):
+class PromptOrderTrainer(ResumableTrainer):
     "The order of prompts: shuffled by epoch, or sampled by difficulty; the same when a killed run continues (ours)."
     def __init__(
         self,
@@ -176,19 +196,16 @@ class PromptOrderTrainer(SharedPromptTrainer):
         prompts = self.accelerator.gather(torch.tensor(rows, device=self.accelerator.device))
         self.difficulty_sampler.rates.update(prompts.cpu(), correct.nan_to_num(0.0).cpu())
 
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.difficulty_sampler: atomic_write(folder / "difficulty.json", json.dumps(self.difficulty_sampler.state_dict()))
-        super()._save_checkpoint(model, trial)  # the trainer's state last: it marks a whole checkpoint
+    def save_state(self, checkpoint: Path) -> None:
+        if self.difficulty_sampler: atomic_write(checkpoint / "difficulty.json", json.dumps(self.difficulty_sampler.state_dict()))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint, "difficulty.json")
+    def load_state(self, checkpoint: Path) -> None:
+        path = checkpoint / "difficulty.json"
         self._sampler_state = json.loads(path.read_text()) if path.is_file() else None
 
-# %% ../../nbs/38_learning.trainers.ipynb #7a1cf27d
-class RefillTrainer(PromptOrderTrainer):
-    "Dynamic sampling: unanimous groups are replaced by groups of other prompts (DAPO; number of rounds: ours)."
+# %% ../../nbs/38_learning.trainers.ipynb #ra38a005
+class RoundsTrainer(PromptOrderTrainer):
+    "What a round of refilling needs: prompts are sampled, and their tiers known in all processes."
     def __init__(
         self,
         *args,
@@ -198,7 +215,6 @@ class RefillTrainer(PromptOrderTrainer):
         self.refill = refill
         super().__init__(*args, **kwargs)
         if not (self.dynamic and refill): return
-        if self.accelerator.num_processes > 1: raise NotImplementedError("refill runs in one process")
         if not (self.can_share(self.shared_rollout) and only_temperature(self)):
             raise BookError("refill keeps the responses of its own rollout; set engine = shared, or refill = 0.")
 
@@ -206,22 +222,36 @@ class RefillTrainer(PromptOrderTrainer):
         "Which responses have the right tier, before anything is rewarded."
         raise NotImplementedError
 
-    def refill_unanimous(self, inputs: list[dict]) -> list[dict]:  # whole groups
+    def sample_rows(self, rows: list[dict], first: int, total: int) -> list[SampledResponse]:  # as `sample_responses`
+        prompt_ids = self.processing_class([row["prompt"] for row in rows])["input_ids"] if rows else []
+        return self.sample_responses(prompt_ids, first, total)
+
+    def gathered(self, values: Tensor) -> Tensor: return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+# %% ../../nbs/38_learning.trainers.ipynb #7a1cf27d
+class RefillTrainer(RoundsTrainer):
+    "Dynamic sampling: unanimous groups are replaced by groups of other prompts (DAPO; number of rounds: ours)."
+    def refill_unanimous(self, inputs: list[dict]) -> list[dict]:  # of this process; a group may lie in two
         "Sample, and sample other prompts in place of unanimous groups; TRL then takes the pending responses."
-        def sample(rows): return self.sample_responses(self.processing_class([row["prompt"] for row in rows])["input_ids"])
-        group, inputs, responses = self.num_generations, list(inputs), sample(inputs)
-        prompted = {row["row"] for row in inputs}
-        for turn in range(self.refill + 1):
-            correct = self.tiers_correct(inputs, [response.ids for response in responses]).nan_to_num(0.0).view(-1, group)
-            unanimous = (correct == correct[:, :1]).all(1).nonzero().flatten().tolist()
-            if turn == self.refill: break
-            replacements = self.difficulty_sampler.replacements(self.state.global_step, turn, len(unanimous), prompted)
-            if not replacements: break
-            indices = [i for g in unanimous[:len(replacements)] for i in range(g * group, (g + 1) * group)]
-            self.update_pass_rates([inputs[i]["row"] for i in indices], correct.flatten()[indices])
-            rows = [self.train_dataset[row] for row in replacements for _ in range(group)]
-            for i, row, response in zip(indices, rows, sample(rows), strict=True): inputs[i], responses[i] = row, response
-            prompted |= set(replacements)
+        size, group, inputs = len(inputs), self.num_generations, list(inputs)
+        first = self.accelerator.process_index * size
+        responses = self.sample_rows(inputs, first, self.accelerator.num_processes * size)
+        rows = self.gathered(torch.tensor([row["row"] for row in inputs]))   # from here on all processes decide alike
+        prompted = set(rows.tolist())
+        for turn in range(self.refill):
+            correct = self.gathered(self.tiers_correct(inputs, [response.ids for response in responses]).nan_to_num(0.0))
+            unanimous = (correct.view(-1, group) == correct[::group, None]).all(1).nonzero()[:, 0]
+            others = self.difficulty_sampler.replacements(self.state.global_step, turn, len(unanimous), prompted)
+            if not others: break
+            places = (unanimous[:len(others), None] * group + torch.arange(group)).flatten()
+            self.difficulty_sampler.rates.update(rows[places], correct[places])
+            rows[places] = torch.tensor(others).repeat_interleave(group)
+            own = [place for place in places.tolist() if first <= place < first + size]
+            new_inputs = [self.train_dataset[int(rows[place])] for place in own]
+            sampled = self.sample_rows(new_inputs, int((places < first).sum()), len(places))
+            for place, row, response in zip(own, new_inputs, sampled, strict=True):
+                inputs[place - first], responses[place - first] = row, response
+            prompted |= set(others)
         self._metrics["train"]["prompts_asked"].append(len(prompted))
         self._pending_responses = responses
         return inputs
@@ -264,12 +294,19 @@ class StepRewardTrainer(RefillTrainer):
     def tiers_correct(self, inputs, ids):
         return score_responses(ids, [self.pairs[row["row"]].truth for row in inputs], self.table, self.order)[1][:, 4]
 
+    def routed(self, pairs, parsed, scores):
+        "The rewards of this process's steps. Where a judge writes, all ranks ask it about all steps and share its work."
+        if self.accelerator.num_processes == 1 or self.router.judge is None: return self.router(pairs, parsed, scores)
+        own = self.accelerator.process_index * len(pairs) + torch.arange(len(pairs))
+        pairs, parsed, known = zip(*gather_object(list(zip(pairs, parsed, scores.tolist(), strict=True))), strict=True)
+        return self.router(pairs, parsed, torch.tensor(known))[own]
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         "Score and reward every step, keep both for all processes, and give TRL the outcome, (all responses, 1)."
         start, pairs = time.perf_counter(), [self.pairs[row["row"]] for row in inputs]
         truths = [pair.truth for pair in pairs]
         parsed, scores, self._token_steps = score_responses(completion_ids_list, truths, self.table, self.order)
-        routed, rewards = time.perf_counter(), self.router(pairs, parsed, scores)
+        routed, rewards = time.perf_counter(), self.routed(pairs, parsed, scores)
         self._seconds = {"score_seconds": routed - start, "judge_seconds": time.perf_counter() - routed}
         well_formed = torch.tensor([float(not response.malformed) for response in parsed])
         local = [values.to(self.accelerator.device) for values in (scores, well_formed, rewards)]
@@ -294,6 +331,19 @@ class StepGRPOTrainer(StepRewardTrainer):
         for name, number in (numbers | self._seconds).items(): self._metrics[mode][name].append(number)
         return output
 
+# %% ../../nbs/38_learning.trainers.ipynb #ra38a001
+def batch_split(
+    size: int,         # responses in a step
+    micro_batch: int,  # of a process in one forward pass at most; 0 takes all
+    ranks: int = 1,    # processes that share them
+) -> tuple[int, int]:  # responses in a forward pass, and forward passes of a process
+    "A step has as many responses, however many processes share them."
+    share, rest = divmod(size, ranks)
+    if rest: raise BookError(f"{ranks} ranks cannot share {size} responses of a step evenly; change ranks or prompts_per_step.")
+    micro = min(micro_batch or share, share)
+    if share % micro: raise BookError(f"micro_batch = {micro} does not divide the {share} responses of a rank; choose another.")
+    return micro, share // micro
+
 # %% ../../nbs/38_learning.trainers.ipynb #c021
 def rl_config(
     out: str | Path,             # folder of checkpoints
@@ -311,11 +361,10 @@ def rl_config(
     **precision,                 # of `common_config`
 ) -> GRPOConfig:
     "One update for each generation batch; the loss is averaged within a response, then over responses (GRPO, TaoSR1)."
-    size = prompts_per_step * group
-    micro = micro_batch or size
+    micro, passes = batch_split(prompts_per_step * group, micro_batch, launched_ranks())
     return GRPOConfig(
         output_dir=str(out), max_steps=steps, save_steps=max(steps // 4, 1), per_device_train_batch_size=micro,
-        gradient_accumulation_steps=size // micro, num_generations=group, learning_rate=lr,
+        gradient_accumulation_steps=passes, num_generations=group, learning_rate=lr,
         lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup,
         lr_scheduler_kwargs={"num_decay_steps": max(steps // 4, 1), "decay_type": "linear", "min_lr_ratio": 0.0},
         temperature=temperature, beta=beta, epsilon=epsilon, loss_type="grpo", scale_rewards="group",

@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'COMPACTION_THRESHOLD', 'takes_any_mask', 'shared_attention', 'accept_sharing', 'GroupCacheLayer',
-           'GroupCache', 'sample_tokens', 'SampledResponse', 'without_router_logits', 'additive', 'prefill', 'decode',
-           'sample', 'group_prompts', 'truncate_at_eos', 'transformers_sample', 'generate', 'generate_responses']
+           'GroupCache', 'sample_tokens', 'SampledResponse', 'without_router_logits', 'additive', 'prefill',
+           'is_sharded', 'anywhere', 'decode', 'sample', 'group_prompts', 'truncate_at_eos', 'transformers_sample',
+           'generate', 'generate_responses', 'own_places', 'responses_of_all']
 
 # %% ../../nbs/22_policy.rollout.ipynb #c002
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed import ReduceOp, all_reduce
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -194,6 +200,22 @@ def prefill(
     mask = torch.cat([positions >= 0, positions.new_ones(len(prompts), capacity, dtype=torch.bool)], 1)
     return cache, mask[prompt_indices], lengths[prompt_indices], logits[prompt_indices]
 
+# %% ../../nbs/22_policy.rollout.ipynb #ra22a001
+def is_sharded(
+    model: PreTrainedModel,
+) -> bool:  # its forward pass needs all processes (FSDP2; ZeRO-3, unless its weights were gathered)
+    "Are this model's weights spread over processes?"
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") and not weight.numel() for weight in model.parameters())
+
+def anywhere(
+    flag: bool,
+    device: torch.device,
+) -> bool:  # the same in all processes
+    "Does any process say so? Each must ask as often as the others."
+    said = torch.tensor(int(flag), device=device)
+    all_reduce(said, ReduceOp.MAX)
+    return bool(said)
+
 # %% ../../nbs/22_policy.rollout.ipynb #c8b15f3e
 def decode(
     model: PreTrainedModel,
@@ -210,15 +232,15 @@ def decode(
     start, mask = mask.shape[1] - most, None if bool(mask.all()) else additive(mask[:, None, None], model.dtype)
     responses, logps = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
     active, unfinished = torch.arange(len(uniforms), device=device), torch.ones(len(uniforms), dtype=torch.bool, device=device)
-    response_lengths = torch.zeros_like(active)
+    response_lengths, sharded = torch.zeros_like(active), is_sharded(model)
     for t in range(most):
         tokens, token_logps = sample_tokens(logits, uniforms[active, t], temperature)
         responses[active, t], logps[active, t] = tokens, token_logps
         response_lengths[active] += unfinished
         unfinished = unfinished & ~torch.isin(tokens, eos)
         remaining = int(unfinished.sum())
-        if not remaining or t + 1 == most: break
-        if remaining <= COMPACTION_THRESHOLD * len(active):
+        if t + 1 == most or not (anywhere(remaining > 0, device) if sharded else remaining): break
+        if 0 < remaining <= COMPACTION_THRESHOLD * len(active):
             cache.keep(unfinished)
             active, tokens, lengths, mask, unfinished = (
                 None if x is None else x[unfinished] for x in (active, tokens, lengths, mask, unfinished))
@@ -238,6 +260,9 @@ def sample(
     temperature: float = 1.0,      # 0 is greedy
 ) -> list[SampledResponse]:        # in the order of the prompts
     "Sample groups that share their prompt's cache (ours)."
+    if not prompts:  # one of its own, where others wait for this process
+        if is_sharded(model): sample(model, [[0]], [1], uniforms.new_zeros(1, uniforms.shape[1]), eos_token_ids)
+        return []
     accept_sharing(model)
     uniforms, device = uniforms.to(model.device), model.device
     prompt_indices = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(counts, device=device))
@@ -281,7 +306,7 @@ def transformers_sample(
     decoding = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, num_return_sequences=group, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.pad_token_id, **decoding)
+                         pad_token_id=tokenizer.pad_token_id, synced_gpus=is_sharded(model), **decoding)
     return [truncate_at_eos(ids, tokenizer.eos_token_id) for ids in out[:, inputs["input_ids"].shape[1]:].tolist()]
 
 # %% ../../nbs/22_policy.rollout.ipynb #c028
@@ -295,13 +320,15 @@ def generate(
     batch: int = 500,          # responses at a time
     seed: int = 0,             # of the sampling
     shared: bool = True,       # read each prompt once for its group, where the model allows
+    places: Sequence[int] | None = None,  # of the prompts among `total`, which decide their random numbers; None: they are all
+    total: int = 0,
 ) -> list[list[list[int]]]:    # ids, by prompt and response
     "Sample responses (temperature 0.99 in the paper's training; greedy in our tests); a greedy group raises `BookError`."
     if group > 1 and temperature <= 0:
         raise BookError(f"a group of {group} greedy responses is one response; set temperature > 0.")
     torch.manual_seed(seed)
     prompt_ids = tokenizer(framed(tokenizer, prompts), add_special_tokens=False)["input_ids"]
-    uniforms = torch.rand(len(prompts), group, max_new_tokens)
+    uniforms = torch.rand(total or len(prompts), group, max_new_tokens)[slice(None) if places is None else places]
     by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     size, responses = max(batch // group, 1), [None] * len(prompt_ids)
     for first in range(0, len(prompt_ids), size):
@@ -326,3 +353,27 @@ def generate_responses(
     "Sample the policy's responses to pairs, as texts."
     table, prompts = token_bytes(tokenizer), [prompt(pair.query, pair.item, rule) for pair in pairs]
     return [[response_text(ids, table) for ids in group] for group in generate(model, tokenizer, prompts, **options)]
+
+# %% ../../nbs/22_policy.rollout.ipynb #ra22a004
+def own_places(
+    count: int,  # items
+    rank: int,
+    ranks: int,
+) -> list[int]:  # as many for every rank; one of `count` or more fills up
+    "The places of a rank's items, every so many-th."
+    return list(range(rank, ceil(count / ranks) * ranks, ranks))
+
+def responses_of_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],    # the same in every process
+    rule: str = "brief",  # a key of RULES
+    **options,            # of `generate`
+) -> list[list[str]]:     # by pair and response, the same in every process
+    "What `generate_responses` returns, sampled by all processes together (ours)."
+    state, count = PartialState(), len(pairs)
+    places = own_places(count, state.process_index, state.num_processes)
+    own = [place % count for place in places]
+    texts = generate_responses(model, tokenizer, [pairs[i] for i in own], rule, places=own, total=count, **options)
+    gathered = dict(gather_object(list(zip(places, texts, strict=True))))
+    return [gathered[place] for place in range(count)]

@@ -17,7 +17,8 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from .packing import packed_logps
-from .rollout import SampledResponse, group_prompts, sample, takes_any_mask
+from .rollout import SampledResponse, group_prompts, is_sharded, sample, takes_any_mask
+from ..task import BookError
 
 # %% ../../nbs/26_policy.sharing.ipynb #c008
 def as_blocks(
@@ -64,16 +65,17 @@ class SharedRolloutTrainer(GRPOTrainer):
         "Whether a wanted saving is possible: no tools, and `takes_any_mask`."
         return wanted and not self.tools and takes_any_mask(self.model)
 
-    def uniforms(self, rows: int) -> Tensor:  # (rows, longest response)
-        "This process's uniform numbers for a rollout; only the seed, the step and the index in the global batch decide them."
+    def uniforms(self, total: int) -> Tensor:  # (responses of all processes, longest response)
+        "Uniform numbers for a rollout; only the seed, the step and the index in the global batch decide them."
         step = f"{self.args.seed} {'train' if self.model.training else 'eval'} {self.state.global_step}"
         self._rollout_key = step, self._rollout_key[1] + 1 if self._rollout_key[0] == step else 0   # counts rollouts of a step
-        total, key = rows * self.accelerator.num_processes, " ".join(map(str, self._rollout_key))
-        return seeded_uniforms(key, total, self.max_completion_length)[rows * self.accelerator.process_index:][:rows]
+        return seeded_uniforms(" ".join(map(str, self._rollout_key)), total, self.max_completion_length)
 
-    def sample_responses(self, prompt_ids: list[list[int]]) -> list[SampledResponse]:  # one for each, equal ones side by side
-        "Sample a response to each prompt."
-        uniforms = self.uniforms(len(prompt_ids))
+    def sample_responses(self, prompt_ids: list[list[int]], first: int | None = None, total: int = 0) -> list[SampledResponse]:
+        "A response to each prompt, equal ones side by side; `first` is their place among `total`; None: processes have as many."
+        ranks, share = self.accelerator, len(prompt_ids)
+        if first is None: first, total = ranks.process_index * share, ranks.num_processes * share
+        uniforms = self.uniforms(total)[first:first + len(prompt_ids)]
         unwrapped = unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs)
@@ -83,6 +85,8 @@ class SharedRolloutTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
         "Ids and log-probabilities of every response; pending ones are used first."
         if images is not None or not self.can_share(self.shared_rollout) or not only_temperature(self):
+            if is_sharded(self.model) and not self.use_vllm:
+                raise BookError("TRL's rollout hangs where ranks share the weights; set engine = shared, or sharding = ddp.")
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         responses, self._pending_responses = self._pending_responses or self.sample_responses(prompt_ids), None
         updates = self.args.steps_per_generation * self.num_iterations

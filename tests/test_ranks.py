@@ -1,0 +1,83 @@
+"""Several processes make the batch of one and learn what it learns; one that dies ends the job, which goes on where it stood."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from she_nb.book.launch import launch
+from she_nb.book.stages import StageError
+
+CASES = ("grpo", "srpo", "judge", "refill", "ppo")  # of ranks.py; the last two sample by pass rate and replace unanimous groups
+LIBRARY_NOISE = {"PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    "Four steps of every case in one, two and three processes, of one that was killed and continued, and with spread weights."
+    out = tmp_path_factory.mktemp("ranks")
+    script, root = Path(__file__).parent / "ranks.py", Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | LIBRARY_NOISE | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, str(script), str(out)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    def read(folder): return [torch.load(path, weights_only=True) for path in sorted((out / folder).glob("[0-9].pt"))]
+    return read
+
+
+def same(one, several, weights=1e-5):
+    "One trajectory: what was sampled, the log, and the last weights."
+    for step, whole in enumerate(one["seen"]):
+        assert [row for rank in several for row in rank["seen"][step]] == whole
+    names = ("reward", "loss", "grad_norm", "entropy", "all_steps", "advantage_std", "advantage_mean", "prompts_asked",
+             "value_loss", "explained_variance", "learning_rate")
+    for left, right in zip(one["rows"], several[0]["rows"], strict=True):
+        for name in names: assert left.get(name, 0) == pytest.approx(right.get(name, 0), rel=1e-3, abs=1e-5, nan_ok=True), name
+    assert several[0]["weights"].keys() == one["weights"].keys()   # of spread ones the first rank has all, the others none
+    for rank in several:
+        for name, weight in rank["weights"].items(): assert (one["weights"][name] - weight).abs().max() < weights, name
+        assert (rank["critic"] - one["critic"]).abs().max() < weights
+
+
+@pytest.mark.parametrize(("case", "ranks"), [*((case, 2) for case in CASES), ("srpo", 3), ("ppo", 3)])
+def test_several_ranks_learn_what_one_learns(runs, case, ranks):
+    "Eight prompts in groups of three: two ranks have four prompts each, three ranks have groups that straddle."
+    (one,), several = runs(f"{case}-1"), runs(f"{case}-{ranks}")
+    assert [rank["ranks"] for rank in several] == [ranks] * ranks
+    assert len({str(ids) for _, ids in one["seen"][0]}) > 8 and len({row["reward"] for row in one["rows"]}) > 1
+    same(one, several)
+    if case in CASES[3:]: assert max(row["prompts_asked"] for row in one["rows"]) > 8
+
+
+def test_a_job_that_was_killed_continues_as_if_it_never_was(runs):
+    whole, again = runs("ppo-2"), runs("killed")
+    assert [row["step"] for row in again[0]["rows"]] == [1, 2, 3, 4] and len(again[0]["seen"]) == 2  # of four steps
+    for one, other in zip(whole, again, strict=True):
+        assert other["seen"] == one["seen"][2:] and torch.equal(one["critic"], other["critic"])
+        for name, weight in one["weights"].items(): assert torch.equal(weight, other["weights"][name]), name
+    assert whole[0]["rows"] == again[0]["rows"]
+
+
+def test_spread_weights_learn_what_whole_ones_learn(runs):
+    "FSDP2, with refilling, where ranks sample other numbers of responses."
+    (one,), spread = runs("ppo-1"), runs("ppo-fsdp2")
+    assert {rank["kind"] for rank in spread} == {"DistributedType.FSDP"}
+    same(one, spread)
+
+
+DYING = """
+import os, signal, time
+def work():
+    print("step 1 of 2", flush=True)
+    if os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+"""
+
+def test_a_killed_rank_ends_the_job_with_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "dying.py").write_text(DYING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(StageError) as failed: launch("dying", "work", {}, tmp_path / "job", ranks=2)
+    assert str(failed.value) == f"Rank 1 of 2 was killed by signal 9; see {tmp_path}/job/ranks.log."
+    assert capsys.readouterr().out == "step 1 of 2\n" and "step 1 of 2" in (tmp_path / "job/ranks.log").read_text()
