@@ -135,7 +135,7 @@ def kv_bytes(
     shape: Shape,
     width: int = 2,  # bytes of a number
 ) -> int:            # for one token
-    "Keys and values of all layers (SCALING 4.3)."
+    "Keys and values of all layers (two of each head that is kept, ours)."
     return 2 * shape.layers * shape.keys * width
 
 # %% ../../nbs/79_book.costs.ipynb #cs0023
@@ -147,7 +147,7 @@ def layer_activations(
     norms = 2 * (4 + 2 * width) * shape.hidden  # in fp32, normalised, scaled
     attention = (2 * shape.queries + 2 * shape.keys) * width + (4 + width) * (shape.queries + shape.keys) * shape.head_norms
     if not shape.sparse: return norms + attention + 4 * shape.ffn * width
-    experts = shape.active * (4 * shape.expert_ffn + 2 * shape.hidden) + 4 * shape.shared_ffn  # SCALING 4.2: permuted inputs
+    experts = shape.active * (4 * shape.expert_ffn + 2 * shape.hidden) + 4 * shape.shared_ffn  # permuted inputs too
     return norms + attention + experts * width
 
 def activation_bytes(
@@ -155,7 +155,7 @@ def activation_bytes(
     width: int = 2,              # bytes of a number
     checkpointing: bool = True,  # keep what enters a layer, and compute one layer at a time again
 ) -> int:                        # for one token
-    "What a token keeps until its backward pass (SCALING 4.2)."
+    "What a token keeps until its backward pass (ours, counted by saved tensors)."
     final = (4 + 2 * width) * shape.hidden
     inner = layer_activations(shape, width)
     return final + (shape.layers * shape.hidden * width + inner if checkpointing else shape.layers * inner)
@@ -195,7 +195,7 @@ def forward_flops(
     shape: Shape,
     batch: Batch,
 ) -> float:  # multiplications and additions
-    "One forward pass over a batch, with logits at its responses alone (SCALING 4.2: 2 x active; attention and head: ours)."
+    "One forward pass over a batch, with logits at its responses alone (2 x active, as TRL counts; attention and head: ours)."
     logits = 2 * shape.hidden * shape.vocab * batch.rows * (batch.response_tokens if batch.packed else batch.padded)
     return 2 * active(shape) * batch.tokens + 4 * shape.queries * shape.layers * batch.pairs + logits
 
@@ -204,7 +204,7 @@ def touched_experts(
     shape: Shape,
     rows: float,  # tokens that are decoded at once
 ) -> float:       # experts of a layer that at least one token chose
-    "How many experts a decoding step reads, if choices are even (SCALING 4.3)."
+    "How many experts a decoding step reads, if choices are even (ours: 1 - (1 - active / experts)^rows of each)."
     return shape.experts * (1 - (1 - shape.active / shape.experts) ** rows) if shape.experts else 0
 
 def read_weights(
@@ -229,13 +229,13 @@ class Shares:
     memory: float      # that tensors may fill: the rest is the driver's, the allocator's gaps, buffers of communication
 
 GPU_SHARES = Shares(
-    update=.40,     # ours; 402 of 989 TFLOP/s are public for LoRA on Llama-3-8B (SCALING 4.4)
-    experts=.10,    # SCALING 4.4: plan with 10 % until measured; kernels made for it reach 28 %
+    update=.40,     # ours; 402 of 989 TFLOP/s are public for LoRA on Llama-3-8B (NeMo Automodel, performance summary)
+    experts=.10,    # ours: plan with 10 % until measured; kernels made for it reach 28 %
     prefill=.40,    # ours
-    bandwidth=.55,  # SCALING 4.3: 40 to 70 %
+    bandwidth=.55,  # ours: engines reach 40 to 70 % of the datasheet's in public runs
     link=.70,       # ours
     memory=.92)     # ours; vLLM's own default takes 90 %
-TUNED_EXPERTS = .20  # ours: between the 28 % and the 12 % that are public for Qwen3-30B-A3B (SCALING 4.4)
+TUNED_EXPERTS = .20  # ours: between the 28 % and the 12 % that are public for Qwen3-30B-A3B (NeMo, Megatron-Bridge)
 
 @dataclass(frozen=True)
 class Card:

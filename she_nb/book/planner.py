@@ -116,7 +116,7 @@ def check_layout(layout: Layout) -> None:
 def adapters(
     task: Task,
 ) -> int:  # parameters
-    "Low-rank adapters on the four matrices of attention (SCALING 2.2: the default, with the router frozen)."
+    "Low-rank adapters on the four matrices of attention (the usual choice for mixtures, with the router frozen)."
     shape = task.policy
     return 2 * shape.layers * task.lora * (2 * shape.hidden + shape.queries + shape.keys)
 
@@ -124,7 +124,7 @@ def states(
     task: Task,
     layout: Layout,
 ) -> dict[str, float]:  # bytes on each GPU
-    "What training keeps between steps, and the gradients (SCALING 4.2)."
+    "What training keeps between steps, and the gradients (AdamW in fp32: 16 bytes for a parameter; ZeRO-3: 18)."
     learnt, whole = (adapters(task), size(task.policy)) if task.lora else (size(task.policy),) * 2
     copied = 2 * whole if task.lora or layout.strategy == "zero3" else 0
     each = {"weights": copied, "master weights": 4 * learnt, "optimizer": 8 * learnt, "gradients": 4 * learnt}
@@ -141,7 +141,7 @@ def largest_layer(
     return rest + parts["experts"] / max(shape.sparse, 1) / expert
 
 def gathered(task: Task, layout: Layout) -> float:  # bytes on each GPU
-    "Whole bf16 weights while the model computes: two layers, embedding and head (SCALING 4.2); under DDP, all."
+    "Whole bf16 weights while the model computes: two layers, embedding and head (FSDP2 gathers one layer ahead); under DDP, all."
     if layout.card.width == 4: return 0
     if layout.shards == 1: return 0 if task.lora else 2 * size(task.policy)  # autocast's copies
     ends = task.policy.vocab * task.policy.hidden * (1 if task.policy.tied else 2)
@@ -188,7 +188,7 @@ def rollout(
     layout: Layout,
     free: float,    # bytes on each GPU beside what is there already
 ) -> tuple[dict[str, float], int]:  # bytes, and how many prompts are answered at once by one copy of the model
-    "What a rollout needs (SCALING 4.2)."
+    "What a rollout needs (weights, keys and values, logits; ours)."
     shared, batch = layout.engines == "shared", spread(batch, layout)
     weights = 0 if shared else rollout_weights(shape, layout)
     each, wanted = group_bytes(shape, batch, layout, shared), math.ceil(batch.prompts * layout.tensor / layout.serving)
@@ -219,7 +219,7 @@ def memory(
     task: Task,
     layout: Layout,
 ) -> dict[str, dict[str, float]]:  # phase -> part -> bytes on the GPU that needs most
-    "Memory by phase (SCALING 4.2)."
+    "Memory by phase (ours)."
     kept, phases = resident(task, layout), {"rollout": serve(task, layout, task.policy, task.batch)[0]}
     if task.judge: phases["judge"] = serve(task, layout, task.judge, task.judged)[0]
     if task.watched:
@@ -234,12 +234,12 @@ def memory(
 
 # %% ../../nbs/79_book.planner.ipynb #pl023c
 def largest_tensor(task: Task) -> float:  # bytes, in fp32
-    "What is whole for a moment when weights are sent or saved (SCALING 4.2)."
+    "What is whole for a moment when weights are sent or saved (FULL_STATE_DICT gathers all on one rank)."
     shape = task.policy
     return 4 * max(shape.vocab * shape.hidden, 2 * shape.experts * shape.hidden * shape.expert_ffn, shape.hidden * shape.ffn)
 
 def disk(task: Task) -> float:  # bytes of one checkpoint
-    "Weights and optimizer in fp32, and the model in bf16 (SCALING 4.2: 12 to 16 and 2 bytes for a parameter)."
+    "Weights and optimizer in fp32, and the model in bf16 (12 to 16 and 2 bytes for a parameter)."
     return 14 * (adapters(task) if task.lora else size(task.policy))
 
 # %% ../../nbs/79_book.planner.ipynb #pl0027
@@ -249,7 +249,7 @@ def decode_seconds(
     rows: float,    # tokens that are decoded at once
     tokens: float,  # that each row looks back on
 ) -> dict[str, float]:  # of one step, by what could decide it
-    "One token for every row (SCALING 4.2: the larger of bytes / bandwidth and operations / peak)."
+    "One token for every row (the larger of bytes / bandwidth and operations / peak: the roofline)."
     card, width = layout.card, layout.card.width
     read = read_weights(shape, rows, width) + rows * tokens * kv_bytes(shape, width)
     flops = forward_flops(shape, Batch(1, 1, 0, rows)) - 2 * shape.queries * shape.layers * rows * (rows - 2 * tokens)
@@ -290,7 +290,7 @@ def update_seconds(
     layout: Layout,
     passes: int,  # 1: old log-probabilities; 3: an update; 4: one with checkpointing
 ) -> float:
-    "The larger of arithmetic and communication, of the GPU that has most rows (SCALING 4.2; communication: ours)."
+    "The larger of arithmetic and communication, of the GPU that has most rows (the roofline; communication: ours)."
     card, shape, micro = layout.card, task.policy, task.micro(layout.training)
     times = math.ceil(task.batch.rows / micro.rows / layout.training)  # micro-batches of a GPU
     work = passes * forward_flops(shape, micro) / (card.peak * training_share(shape, card))
@@ -307,7 +307,7 @@ def update_seconds(
 
 # %% ../../nbs/79_book.planner.ipynb #pl030b
 def sync_seconds(task: Task, layout: Layout) -> float:
-    "New weights for the rollout: gathered in bf16 on the same GPUs, or sent in fp32 (SCALING 1.2)."
+    "New weights for the rollout: gathered in bf16 on the same GPUs, or sent in fp32 (as TRL 1.16 does in its two modes)."
     if layout.engines == "shared": return 0
     if layout.engines == "separate": return 4 * size(task.policy) / (layout.card.network * layout.card.shares.link)
     travels = 2 * size(task.policy) / layout.tensor
@@ -317,7 +317,7 @@ def seconds(
     task: Task,
     layout: Layout,
 ) -> dict[str, float]:  # part of a step -> seconds
-    "Time of one step by part, one part after the other (SCALING 4.2)."
+    "Time of one step by part, one part after the other (ours)."
     def served(shape, batch): return rollout_seconds(shape, batch, layout, serve(task, layout, shape, batch)[1])
 
     parts = served(task.policy, task.batch)
