@@ -57,7 +57,7 @@ def step_of(shape: Shape, gpus: int, tensor: int, lengths: tuple[int, int, int])
 
 # %% ../../nbs/79_book.plans.ipynb #pn0006
 def public_errors() -> list[tuple[str, float, float]]:  # what, as published, as planned
-    "Public results of the tools named; lengths of GRPO: NeMo-RL 0.4, docs/about/performance-summary.md; of serving: GPUStack's performance lab."
+    "Public results of the tools named; lengths of GRPO: NeMo-RL 0.4's performance summary; of serving: GPUStack's lab."
     h100, a100, moe, dense = CARDS["h100"], CARDS["a100"], SHAPES["qwen3-30b-a3b"], SHAPES["qwen3-32b"]
     llama, alone = SHAPES["llama-3.1-8b"], decode_seconds(SHAPES["qwen3-30b-a3b"], Layout(CARDS["a100"], 1), 1, 500)
     read = Batch(1, 1, 4000, 0)
