@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from .adapters import base_digest, base_name, base_of, read_adapter, save_adapter
-from .chat import settled
 from .bundled import BUNDLED, bundled_model
+from .chat import settled
 from ..task import BookError, Pair, StepTruth, prompt, render
 
 # %% ../../nbs/20_policy.models.ipynb #c007
