@@ -12,8 +12,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +97,8 @@ def bundled_model(
     print(f"unpacking {BUNDLED[name].project} into {folder}, once", flush=True)
     with whole_folder(folder) as half:
         if is_whole(folder): shutil.copytree(folder, half, dirs_exist_ok=True)   # another process was first
-        else: unpack(source, half)
+        else:
+            with redirect_stderr(StringIO()): unpack(source, half)   # five bars of progress for half a minute
     return folder
 
 def unpack(
