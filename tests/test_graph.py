@@ -69,7 +69,7 @@ def test_two_catalogues_never_share_a_folder(desk):
     assert said.returncode == 0 and "runs would run" in said.stdout and desk.files() == []
 
 
-@pytest.mark.parametrize("preset", ["tiny", "micro"])
+@pytest.mark.parametrize("preset", ["tiny", "micro", "tiny-moe", "smol", "smol-smoke"])
 def test_real_stages_fit_the_settings(preset):
     "Every stage notebook declares names and types that settings.ini can fill."
     if not (ROOT / "nbs/stages/train.ipynb").exists(): pytest.skip("the stage notebooks are not here")

@@ -115,6 +115,7 @@ def in_call(
     if ordered.shape != flat: raise BookError(f"routes of {len(ordered)} tokens were given to a call of {flat[0]}.")
     return ordered
 
+# %% ../../nbs/28_policy.experts.ipynb #c014r
 class RouterHooks:
     "Hooks on the routers of one model, which note the experts of tokens, or give them (ours; R3, arXiv 2510.11370)."
     def __init__(self, model: nn.Module):
