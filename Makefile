@@ -29,8 +29,8 @@ ablations: .venv/.book $(PRETRAINED)
 	@exec $(BIN)/she-nb ablations $(FLAGS)
 
 benchmark: .venv/.book
-	@echo "Timing training steps, ours beside TRL's own; twenty minutes, best on a machine with nothing else to do"
-	@$(BIN)/she-nb stage benchmark -p preset $(PRESET) -p cases book,grid,smollm2 -p rounds 3 \
+	@echo "Timing training steps, ours beside TRL's own, and judging; half an hour, best on a machine with nothing else to do"
+	@$(BIN)/she-nb stage benchmark -p preset $(PRESET) -p cases book,grid,smollm2,judging -p rounds 3 \
 	  -p threads 2 -p out "$(CURDIR)/reports/benchmark"
 
 test: .venv/.test

@@ -133,7 +133,7 @@ class Columns(NamedTuple):
     scale: str = ""                # that the format states
 
 PLAIN = {plain_name(column) for column in (*EXTRA, "description", "image", "url", "rank", "locale", "doc position", "case id",
-                                           "snapshot name", "snapshot time", "example_id")}   # that hold no rating
+                                           "snapshot name", "snapshot time", "example_id", "weight")}   # that hold no rating
 
 def unplaced(
     columns: Iterable[str],
