@@ -10,7 +10,7 @@ from she_nb.book.graph import open_book, plan
 from she_nb.book.records import read_record
 from she_nb.book.settings import variant
 
-BOOK = ("book", "--preset", "micro", "-p", "start", "sft", "-p", "reward", "oracle", "-p", "curriculum", "single")  # eight runs
+BOOK = ("book", "--preset", "micro", "-p", "start", "sft", "-p", "reward", "oracle", "-p", "curriculum", "single")  # nine runs
 
 
 def stamps(desk): return {path: path.stat().st_mtime_ns for path in desk.reports.rglob("run.json")}
@@ -32,9 +32,9 @@ def test_killed_resumed_and_left_alone(desk):
     assert {"data-all-s0", "sft-sft-s0"} <= made and "train-srpo-s0" not in made
     said = desk.run(*BOOK)
     assert said.returncode == 0, said.stderr
-    assert f"{8 - len(made)} of 8 runs to do" in said.stdout and "report.html" in said.stdout
+    assert f"{9 - len(made)} of 9 runs to do" in said.stdout and "report.html" in said.stdout
     after = stamps(desk)
-    assert len(after) == 8 and before.items() <= after.items()
+    assert len(after) == 9 and before.items() <= after.items()
     began = time.monotonic()
     assert "nothing to do" in desk.run(*BOOK).stdout
     assert time.monotonic() - began < 10 and stamps(desk) == after
@@ -55,7 +55,7 @@ def test_a_failing_stage(desk):
 
 def test_dry_run_writes_nothing(desk):
     said = desk.run(*BOOK, "--dry-run")
-    assert "8 of 8 runs would run" in said.stdout and desk.files() == []
+    assert "9 of 9 runs would run" in said.stdout and desk.files() == []
 
 
 NAMES = "商品", "商品!", "☂"

@@ -69,9 +69,14 @@ def test_spread_weights_learn_what_whole_ones_learn(runs):
 
 DYING = """
 import os, signal, time
+from pathlib import Path
 def work():
     print("step 1 of 2", flush=True)
-    if os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
+    printed = Path(__file__).with_name("printed")
+    if os.environ["RANK"] == "0": printed.touch()
+    while os.environ["RANK"] == "1":                     # dies once the first rank has printed
+        if printed.exists(): os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(.05)
     time.sleep(100)
 """
 

@@ -177,7 +177,7 @@ def test_a_study_begins_with_its_answer(visit):
 def test_a_stage_folds_its_plumbing(visit):
     page = visit("stages/train")
     seen = " ".join(page.locator("main div.cell_input").filter(visible=True).all_inner_texts())
-    assert "train_rl(" in seen and "start_run(" not in seen and "import pandas" not in seen
+    assert "launch(" in seen and "start_run(" not in seen and "import pandas" not in seen
     tops = [page.locator(f"article {what}").first.bounding_box()["y"] for what in ("h1", "img", "details")]
     assert tops == sorted(tops)
 
