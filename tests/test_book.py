@@ -105,6 +105,6 @@ def test_one_thing_changed_is_a_new_row(clone):
     assert [line for line in clone.rows() if line.startswith("| SRPO, gamma = 0.6 |")]
     assert not [line for line in before if "gamma = 0.6" in line]
     again = records(clone)
-    assert {key for key in again if finished.get(key) != again[key]["seconds"]} == {
-        *(f"{stage}-srpo+gamma=0.6-s0" for stage in ("train", "evaluate", "gullibility")), "report-all-s0"}  # and nothing else ran
+    assert {key for key in again if finished.get(key) != again[key]["seconds"]} == {   # and nothing else ran
+        *(f"{stage}-srpo+gamma=0.6-s0" for stage in ("train", "evaluate", "gullibility")), "report-all-s0"}
     assert again["train-srpo+gamma=0.6-s0"]["parameters"]["gamma"] == 0.6
