@@ -262,7 +262,11 @@ CURVES |= {
     "explained_variance": ("Critic explains", "share", "the outcome's variance over tokens that the critic's values take away",
                            "near 0: it knows no more than a constant; below: it misleads"),
     "score_seconds": ("Scoring", "s a step", "wall time of parsing, verifying and credit", "not small beside a step"),
-    "judge_seconds": ("Judging", "s a step", "wall time of the judge, where steps are sent to one", "not small beside a step")}
+    "judge_seconds": ("Judging", "s a step", "wall time of the judge, where steps are sent to one", "not small beside a step"),
+    "router_evenness": ("Evenness of experts", "share", "how alike the experts of a layer are used, 1 at best", "falls"),
+    "router_busiest": ("Busiest expert", "share", "reading done by the busiest expert of a layer", "rises"),
+    "update_gap": ("Update and rollout", "nats", "mean distance of their log-probabilities, same weights", "not rounding"),
+    "update_gap_largest": ("The largest distance", "nats", "of one token's log-probability", "far above rounding")}
 
 # %% ../../nbs/54_evidence.figures.ipynb #figcurv2
 CURVES |= {
