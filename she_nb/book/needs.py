@@ -38,7 +38,8 @@ def chains_of(
         "train": 2 * s.rl_steps * group + (s.watch_pairs * s.rl_steps // s.watch_every if s.watch_every else 0),
         "tune": 2 * s.tune_steps * group * len(s.tune_lrs.split(",")),
         "judge_test": held_out * (5 + s.judge_samples),
-        "evaluate": 2 * s.test_pairs + s.sampled_pairs * s.group_size}
+        "evaluate": 2 * s.test_pairs + s.sampled_pairs * s.group_size,
+        "gullibility": 5 * min(s.sampled_pairs, 60)}   # as they are, and with words of four kinds
     return counts.get(stage, 0)
 
 def estimate(
@@ -67,4 +68,4 @@ def needs_sentence(
     longest = ", ".join(f"{row.stage} {row.full / 3600:.1f}" for row in table.iloc[::-1].head(3).itertuples())
     return (f"**This was a smoke run: too short to say anything about quality.** On this machine, one stage after the other, the "
             f"preset {name} would take about **{table['full'].sum() / 3600:.1f} hours** (most of them for {longest}) and "
-            f"**{table['gigabytes'].max():.1f} GB** of memory, by what the {len(records)} stages took here.")
+            f"at least **{table['gigabytes'].max():.1f} GB** of memory, by what the {len(records)} stages took here.")

@@ -114,7 +114,8 @@ def train_arm(
     config, pairs = arm_config(names, limit), selected_pairs(rl_prompts(names.data_dir), names.select_dir)
     policy, options = policy_to_train(names.model_dir, DTYPES[names.dtype]), arm_options(names, tokenizer, pairs)
     trainer_class = PPOTrainer if names.credit == "ppo" else StepGRPOTrainer
-    if is_mixture(policy) and names.credit != "ppo":
+    notes_routes = names.replay or names.engine == "shared"   # TRL's own rollout notes none
+    if is_mixture(policy) and names.credit != "ppo" and notes_routes:
         trainer_class, options = ReplayTrainer, options | {"replay": bool(names.replay)}
     trainer, log = train_rl(policy, tokenizer, pairs, config, names.rule, names.engine, trainer_class,
                             watcher(names, tokenizer, limit), **options)

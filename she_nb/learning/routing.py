@@ -44,7 +44,8 @@ class RoutedTrainer(StepGRPOTrainer):
     ):
         super().__init__(*args, **kwargs)
         if not (self.can_share(self.shared_rollout) and only_temperature(self)):
-            raise BookError("routes are noted in the book's own rollout; set engine = shared, or leave out replay.")
+            raise BookError("routes are noted in the book's own rollout, which this engine or model does not take; set engine = "
+                            "shared, or engine = trl and replay = 0.")
         if freeze: freeze_routers(self.model)
         self.hooks, self._routes = RouterHooks(self.model), []
 
@@ -120,6 +121,7 @@ def noisy_routers(
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../../nbs/44_learning.routing.ipynb #c013d
 @torch.no_grad()
 def drift_of(
     model: nn.Module,

@@ -67,6 +67,7 @@ def save_adapter(
     model.get_base_model().config.save_pretrained(folder)
     atomic_write(Path(folder) / BASE_FILE, json.dumps({"model": base_name(model), "sha256": digest}) + "\n")
 
+# %% ../../nbs/20_policy.adapters.ipynb #ad010b
 def base_of(
     folder: str | Path,
 ) -> tuple[str, str] | None:  # name and digest of the base; None where the folder holds no adapter

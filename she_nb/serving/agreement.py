@@ -239,6 +239,7 @@ def rounded(
         texts[held] = texts[held].where(~known, texts[held] + " (" + texts["low"] + " to " + texts["high"] + ")")
     return texts.drop(columns=["low", "high"], errors="ignore").rename(columns=HEADS).reset_index()
 
+# %% ../../nbs/63_serving.agreement.ipynb #agr024c
 def coverage_words(compared: Compared) -> str:
     "What was compared, and what the labels' scale means."
     counts, queries = compared.counts, compared.table["query"].nunique()

@@ -66,6 +66,7 @@ def save_pairs(
     if path.suffix != ".parquet": raise BookError(f"{path}: can't write {path.suffix or 'this'}; use .parquet, .csv or .jsonl.")
     return atomic_write(path, as_parquet(text.encode(), rows[0]))
 
+# %% ../../nbs/15_shop.audit.ipynb #u009p
 def as_parquet(
     lines: bytes,  # of JSON
     first: dict,   # the first row, whose whole numbers and texts all rows have
