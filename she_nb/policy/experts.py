@@ -40,7 +40,7 @@ def new_mixture(
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(
         vocab_size=len(tokenizer), hidden_size=hidden_size, moe_intermediate_size=3 * hidden_size // active,
         num_experts=experts, num_experts_per_tok=active, norm_topk_prob=True, router_aux_loss_coef=balance,
-        output_router_logits=balance > 0, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
         head_dim=hidden_size // heads, max_position_embeddings=1024, initializer_range=INIT, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 

@@ -158,7 +158,9 @@ def save_policy(
 ) -> None:
     "Save a policy so that `load_policy` opens it."
     if hasattr(model, "peft_config"): save_adapter(model, folder, base_digest(model_folder(base_name(model))))
-    else: model.save_pretrained(folder)
+    else:
+        if hasattr(model.config, "output_router_logits"): model.config.output_router_logits = False
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 def policy_to_train(
