@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .records import LABEL_FILES, LABEL_WORDS, digest, parameters_of, read_record, run_key
-from .settings import SETTING_TYPES, Settings, arms_of, load_settings, variant
+from .settings import SETTING_TYPES, WORLD, Settings, arms_of, load_settings, variant
 from .stages import StageError, check_arguments, declared, stage_notebook
 from ..task import CREDIT_RULES, BookError, atomic_write, root
 
@@ -191,14 +191,15 @@ class SeedPlan:
         return self.runs[run.key]
 
     def world(self, own: Settings) -> Settings:
-        "The preset with an arm's wishes and slips, and with the teacher of its first model."
-        return replace(self.settings, wishes=own.wishes, slips=own.slips, teacher=own.teacher)
+        "The preset with what all stages of an arm share."
+        return replace(self.settings, **{name: getattr(own, name) for name in WORLD})
 
     def world_name(self, own: Settings, *words: str) -> str:
-        "Words, and wishes and slips where they are not the preset's; `all` where nothing is left."
+        "Words, and wishes, slips and style where they are not the preset's; `all` where nothing is left."
         wishes = "" if own.wishes == self.settings.wishes else f"wishes_{re.sub(r'[ ,]+', '_', own.wishes)}"
         slips = "" if own.slips == self.settings.slips else f"slips_{own.slips}"
-        return "_".join(filter(None, [*words, wishes, slips])) or "all"
+        style = "" if own.style == self.settings.style else own.style
+        return "_".join(filter(None, [*words, wishes, slips, style])) or "all"
 
     def data(self, own: Settings) -> Run: return self.add("data", self.world_name(own), self.world(own))
 

@@ -41,7 +41,7 @@ def samples_of(
 # %% ../../nbs/58_evidence.page.ipynb #bdc10cb7
 def _chain_cells(text, order, marks):
     "The five steps of a chain as (words, mark, class); a step of unknown truth, None or NaN, has no mark."
-    steps = parse(text, order).texts
+    steps = parse(text, order).written
     known = [None if mark != mark else mark for mark in marks]
     return [(steps.get(k, "–"), *MARKS[known[k]]) for k in ORDERS[order]]
 

@@ -41,7 +41,7 @@ def chain_steps(
     order: str = "think_first",
 ) -> tuple[str, ...]:
     "The five steps of a response in the paper's order."
-    texts = parse(text, order).texts
+    texts = parse(text, order).written
     return tuple(texts.get(step, "") for step in range(5))
 
 # %% ../../nbs/59_evidence.people.ipynb #pp0009

@@ -50,9 +50,10 @@ def filtered_dataset(
     chains: list[StepTruth],       # the teacher's, one for each of these
     rule: str = "brief",           # a key of RULES
     seed: int = 0,                 # of the choice among the teacher's
+    style: str = "terse",          # one of STYLES, of the teacher's
 ) -> Dataset:                      # columns prompt, completion
     "Kept chains, and as many of the teacher's."
     places = random.Random(seed).sample(range(len(pairs)), min(len(kept), len(pairs)))
-    teacher = sft_dataset([pairs[place] for place in places], [chains[place] for place in places], rule)
+    teacher = sft_dataset([pairs[place] for place in places], [chains[place] for place in places], rule, style=style)
     return Dataset.from_dict({"prompt": [prompt(pair.query, pair.item, rule) for pair, _ in kept] + list(teacher["prompt"]),
                               "completion": [chain for _, chain in kept] + list(teacher["completion"])})

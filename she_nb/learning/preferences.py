@@ -49,6 +49,7 @@ def make_preferences(
     order: str = "think_first",  # a key of ORDERS
     seed: int = 0,               # of the choice among several
     prefer: str = "tier",        # of `is_right`
+    style: str = "terse",        # one of STYLES, of the annotator's chain
 ) -> tuple[list[dict], dict]:    # rows of prompt, chosen and rejected; counts by source, and pass@k
     "One preference for each pair where a response is wrong (TaoSR1, section on DPO; the choice at random: ours)."
     rng, rows, counts, correct_counts = random.Random(seed), [], dict.fromkeys(PREFERENCE_SOURCES, 0), []
@@ -60,7 +61,7 @@ def make_preferences(
         counts[PREFERENCE_SOURCES[2 if not rejected else 0 if chosen else 1]] += 1
         if rejected:
             rows.append({"prompt": prompt(pair.query, pair.item, rule), "rejected": rng.choice(rejected),
-                         "chosen": rng.choice(chosen) if chosen else render(chain, order)})
+                         "chosen": rng.choice(chosen) if chosen else render(chain, order, style)})
     n = len(responses[0])
     return rows, counts | {f"pass@{k}": pass_at_k(correct_counts, n, k) for k in range(1, n + 1)}
 

@@ -121,10 +121,11 @@ def sft_dataset(
     chains: list[StepTruth],  # one for each pair
     rule: str = "brief",      # a key of RULES
     order: str = "think_first",
+    style: str = "terse",     # one of STYLES
 ) -> Dataset:                 # columns prompt, completion
     "What SFT reads."
     return Dataset.from_dict({"prompt": [prompt(pair.query, pair.item, rule) for pair in pairs],
-                              "completion": [render(chain, order) for chain in chains]})
+                              "completion": [render(chain, order, style) for chain in chains]})
 
 # %% ../../nbs/37_learning.sft.ipynb #03a89d3c
 def in_turns(

@@ -75,9 +75,11 @@ def corpus(
     chains: list[StepTruth],
     rule: str,   # a key of RULES
     order: str,  # a key of ORDERS
+    style: str = "terse",  # one of STYLES
 ) -> list[str]:  # one text for each pair
     "The texts that a tokenizer is trained on."
-    return [prompt(pair.query, pair.item, rule) + render(chain, order) for pair, chain in zip(pairs, chains, strict=True)]
+    return [prompt(pair.query, pair.item, rule) + render(chain, order, style)
+            for pair, chain in zip(pairs, chains, strict=True)]
 
 # %% ../../nbs/20_policy.models.ipynb #c014
 INIT = 0.06  # scale of the initial weights (ours)
