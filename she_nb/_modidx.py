@@ -781,6 +781,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'she_nb/evidence/tables.py'),
                                         'she_nb.evidence.tables.headline_arm': ( 'evidence.tables.html#headline_arm',
                                                                                  'she_nb/evidence/tables.py'),
+                                        'she_nb.evidence.tables.imitation_sentence': ( 'evidence.tables.html#imitation_sentence',
+                                                                                       'she_nb/evidence/tables.py'),
                                         'she_nb.evidence.tables.interval_note': ( 'evidence.tables.html#interval_note',
                                                                                   'she_nb/evidence/tables.py'),
                                         'she_nb.evidence.tables.judge_block': ( 'evidence.tables.html#judge_block',

@@ -177,7 +177,8 @@ CLAIMS |= {
     ("srpo_120", "srpo"): ("three times the steps help", "ours")}
 CAVEATS = {  # (better, worse) -> what a reader of that difference must know; it is shown beside the claim
     ("sft", rival): "No fair verdict on labels: the rival took the chains' steps and rate, and no others were tried."
-    for rival in ("sft_label_only", "sft_answer_first")}
+    for rival in ("sft_label_only", "sft_answer_first")} | {
+    ("srpo", "sft_true"): "The rival writes the chains that the judge was taught with; who has as many may imitate them."}
 
 # %% ../../nbs/52_evidence.evaluate.ipynb #c1694dfb
 def verdict(

@@ -168,7 +168,8 @@ def sequence_routes(
 ) -> list[Tensor]:                 # of each response: (its length - 1, layers, active)
     "The routes of every response, prompt included."
     shape = calls[0]["layers"][0].shape[-1]
-    table = torch.full((len(lengths), max(lengths), len(calls[0]["layers"]), shape), LIVE, dtype=torch.int16)
+    width = 1 + max(int(call["positions"].max()) for call in calls)
+    table = torch.full((len(lengths), width, len(calls[0]["layers"]), shape), LIVE, dtype=torch.int16)
     for call in calls:
         positions = call["positions"].cpu()
         routes = torch.stack(call["layers"], 1).cpu().unflatten(0, positions.shape)
