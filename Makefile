@@ -36,8 +36,8 @@ benchmark: .venv/.book
 test: .venv/.test
 	$(BIN)/ruff check
 	@rm -rf work/made
-	SHE_NB_MADE="$(abspath work/made)" OMP_NUM_THREADS=1 $(BIN)/python -m she_nb.book.kernels run $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile --no-loadscope-reorder  # the longest file first
+	SHE_NB_MADE="$(abspath work/made)" OMP_NUM_THREADS=1 $(BIN)/python -m she_nb.book.kernels run \
+	  $(BIN)/pytest tests -n 2 --dist loadgroup --no-loadscope-reorder  # the longest file first, notebooks last
 
 # run the notebooks whose code changed, and keep what they show
 outputs: .venv/.test

@@ -738,6 +738,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'she_nb/evidence/simulated.py'),
                                            'she_nb.evidence.simulated.expected_gsb': ( 'evidence.simulated.html#expected_gsb',
                                                                                        'she_nb/evidence/simulated.py'),
+                                           'she_nb.evidence.simulated.imagined_studies': ( 'evidence.simulated.html#imagined_studies',
+                                                                                           'she_nb/evidence/simulated.py'),
                                            'she_nb.evidence.simulated.invented_cases': ( 'evidence.simulated.html#invented_cases',
                                                                                          'she_nb/evidence/simulated.py'),
                                            'she_nb.evidence.simulated.invented_chains': ( 'evidence.simulated.html#invented_chains',

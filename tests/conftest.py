@@ -34,6 +34,14 @@ class Desk:
         return [path for top in (self.work, self.reports) for path in top.rglob("*") if path.is_file()]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    "A process runs all tests of a file, which share what they make; every notebook is a file of its own, and they come last."
+    items.sort(key=lambda item: item.path.stem == "test_notebooks")
+    for item in items:
+        if item.path.stem != "test_notebooks": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture
 def desk(tmp_path):
     write_stages(tmp_path / "stages")

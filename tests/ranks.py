@@ -11,7 +11,22 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from small import COLORS, THINGS, corpus, new_model, pair, rows, settings, train_tokenizer, weights
+from small import (
+    COLORS,
+    THINGS,
+    RecordingTrainer,
+    ScriptedTrainer,
+    corpus,
+    make_tokenizer,
+    new_model,
+    pair,
+    rows,
+    scripted_responses,
+    settings,
+    train_tokenizer,
+    trainer,
+    weights,
+)
 from transformers import TrainerCallback
 
 from she_nb.book.launch import accelerate_file
@@ -77,6 +92,25 @@ def run(out, case, folder, kill=None):
     torch.save(result, out / folder / f"{rank}.pt")
 
 
+class ScriptedRecordingTrainer(ScriptedTrainer, RecordingTrainer): pass
+
+
+def run_responses(out, folder, each, micro, trainer_class=ScriptedRecordingTrainer):
+    "Five steps on `each` responses in every process, `micro` in a forward pass: written beforehand, or the policy's own."
+    tokenizer = make_tokenizer()
+    config = settings(out / folder, 5, per_device_train_batch_size=micro, gradient_accumulation_steps=each // micro,
+                      optim="sgd", lr=0.5)
+    made = trainer(trainer_class, new_model(tokenizer, 32, 1, 2), tokenizer, config)
+    made.script = scripted_responses(tokenizer)
+    made.train()
+    batches = [{name: batch[name] for name in ("completion_ids", "completion_mask", "advantages")} | {
+             "row": [row["row"] for row in inputs]} for inputs, batch in made.batches]
+    result = {"batches": batches, "rows": rows(made), "weights": weights(made.accelerator.unwrap_model(made.model)),
+              "processes": made.accelerator.num_processes}
+    (out / folder).mkdir(exist_ok=True)
+    torch.save(result, out / folder / f"{made.accelerator.process_index}.pt")
+
+
 def forked(ranks, work, **environ):
     "Run `work` in so many processes; their exit codes."
     with socket.socket() as free:
@@ -137,8 +171,16 @@ if __name__ == "__main__":
         spread_weights()
         cases("fsdp2", ["ppo"])
 
-    ended = [forked(1, lambda: tune(out)), forked(1, lambda: cases(1)), forked(2, lambda: cases(2)),
-             forked(3, lambda: cases(3, ["srpo", "ppo"]))]
+    def whole():
+        run_responses(out, "scripted", 12, 12)
+        run_responses(out, "sampled", 12, 12, RecordingTrainer)
+
+    def halves():
+        for micro in (6, 3): run_responses(out, f"scripted-{micro}", 6, micro)
+        run_responses(out, "sampled-2", 6, 6, RecordingTrainer)
+
+    ended = [forked(1, whole), forked(2, halves), forked(1, lambda: tune(out)), forked(1, lambda: cases(1)),
+             forked(2, lambda: cases(2)), forked(3, lambda: cases(3, ["srpo", "ppo"]))]
     killed = forked(2, lambda: run(out, "ppo", "killed", kill=2))
     ended += [forked(2, lambda: run(out, "ppo", "killed")), forked(2, spread, **fsdp_environment())]
     print(ended, killed)

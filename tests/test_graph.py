@@ -18,8 +18,9 @@ def stamps(desk): return {path: path.stat().st_mtime_ns for path in desk.reports
 
 def test_killed_resumed_and_left_alone(desk):
     "kill -9 in the trainings; the same command then makes only what is missing, and the next one nothing."
-    slow = "import time\nfor step in range(20): time.sleep(.3); print('step', step)"
-    write_stages(desk.folder / "stages", train=slow)
+    (slow := desk.folder / "slow").touch()
+    train = f"import os, time\nfor step in range(20): print('step', step); time.sleep(.3 * os.path.exists({str(slow)!r}))"
+    write_stages(desk.folder / "stages", train=train)
     process = desk.start(*BOOK)
     log, until = desk.work / "book/logs/train-srpo-s0.log", time.monotonic() + 200
     while not (log.exists() and "step 1" in log.read_text()):
@@ -30,6 +31,7 @@ def test_killed_resumed_and_left_alone(desk):
     before = stamps(desk)
     made = {path.parent.name for path in before}
     assert {"data-all-s0", "sft-sft-s0"} <= made and "train-srpo-s0" not in made
+    slow.unlink()
     said = desk.run(*BOOK)
     assert said.returncode == 0, said.stderr
     assert f"{9 - len(made)} of 9 runs to do" in said.stdout and "report.html" in said.stdout

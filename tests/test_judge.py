@@ -1,16 +1,14 @@
 "The judge as it is used: chains of its own, cut behind the step that is asked about."
 import numpy as np
 import pytest
-from small import PAIRS, TRUTHS, make_tokenizer, tuned_policy
+from small import PAIRS, TRUTHS, copy_of
 
 from she_nb.learning.judge import Claim, Judge, claims_from_responses, own_scores, step_lengths
 from she_nb.task import render, step_texts
 
 
 @pytest.fixture(scope="module")
-def judge_parts(tmp_path_factory):
-    tokenizer = make_tokenizer()
-    return tuned_policy(tokenizer, tmp_path_factory.mktemp("judge")).eval(), tokenizer, step_lengths(TRUTHS, tokenizer)
+def judge_parts(policy, tokenizer): return copy_of(policy, tokenizer).eval(), tokenizer, step_lengths(TRUTHS, tokenizer)
 
 
 def test_a_cut_chain_says_the_same(judge_parts):

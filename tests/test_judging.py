@@ -4,7 +4,7 @@ import json
 import os
 import random
 import signal
-import subprocess
+import sys
 import time
 import tracemalloc
 from importlib import import_module
@@ -105,7 +105,7 @@ def test_memory_does_not_grow_with_the_file(judge, tmp_path, monkeypatch):
     from she_nb.serving import judging
     monkeypatch.setattr(judging, "answers_to", lambda judge, prompts: [Answer("malformed")] * len(prompts))
     shop = tmp_path / "shop.csv"
-    shop.write_text("id,title\n" + "".join(f"A-{i},Boots of make {i} {'and more ' * 20}\n" for i in range(8000)))
+    shop.write_text("id,title\n" + "".join(f"A-{i},Boots of make {i} {'and more ' * 20}\n" for i in range(4500)))
 
     def peak(count):
         case = tmp_path / f"{count}.csv"
@@ -118,17 +118,18 @@ def test_memory_does_not_grow_with_the_file(judge, tmp_path, monkeypatch):
         assert done.rows == count
         return size
 
-    small, large = peak(1000), peak(8000)
-    assert large - small < 2_000_000, (small, large)   # a digest of each pair, where the texts alone are eight
+    small, large = peak(1000), peak(4500)
+    assert large - small < 1_200_000, (small, large)   # a digest of each pair, where the texts alone are four
 
 
-def command(*words):
-    "The command in a fork of this process, which has PyTorch already; its id."
+def command(*words, out=None):
+    "The command in a fork of this process, which has PyTorch already; its id. What it prints goes to the pipe `out`."
     if child := os.fork(): return child
     import torch
 
     from she_nb.book.cli import main
     torch.set_num_threads(1)   # a pool of threads does not survive a fork
+    if out: sys.stdout = sys.stderr = os.fdopen(out, "w")
     os._exit(main(list(map(str, words))))
 
 
@@ -154,15 +155,16 @@ def test_killed_again_and_again_it_writes_each_pair_once(model, tmp_path, kills)
 
 
 @pytest.fixture(scope="module")
-def address(model, tmp_path_factory):
+def address(model):
     "Where `she-nb serve` listens; ended as Ctrl-C ends it."
-    desk = Desk(tmp_path_factory.mktemp("desk"))
-    serving = subprocess.Popen(desk.words("serve", "--model", model, "--port", 0), cwd=desk.folder, env=desk.env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    yield serving.stdout.readline().split(" at ")[1].partition("/v1/")[0]
-    serving.send_signal(signal.SIGINT)
-    said, wrong = serving.communicate(timeout=60)
-    assert serving.returncode == 0 and said.startswith("Ended; ") and not wrong, (said, wrong)
+    reads, writes = os.pipe()
+    serving = command("serve", "--model", model, "--port", 0, out=writes)
+    os.close(writes)
+    with os.fdopen(reads) as told:
+        yield told.readline().split(" at ")[1].partition("/v1/")[0]
+        os.kill(serving, signal.SIGINT)
+        said = told.read()
+    assert ended(serving) == 0 and said.startswith("Ended; ") and said.count("\n") == 1, said
 
 
 @pytest.fixture(scope="module")

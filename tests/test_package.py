@@ -38,15 +38,31 @@ def test_outside_the_book_one_sentence_says_what_is_missing(wheel):
     assert "ablations" in python(wheel, "-m", "she_nb.book.cli", "--help").stdout
 
 
-def test_the_judge_works_outside_the_book(wheel, policy, tokenizer, tmp_path):
+AT_WORK = """
+import sys
+from she_nb.book.cli import main
+assert main("judge case.csv -o judged.csv --model .".split()) == 0
+sys.exit(main("serve --model . --port 0".split()))
+"""
+
+def test_the_judge_works_and_serves_outside_the_book(wheel, policy, tokenizer, tmp_path):
+    "In one process, which loads PyTorch once."
     from she_nb.serving.card import write_card
     for part in (policy, tokenizer): part.save_pretrained(tmp_path)
     write_card(tmp_path, {"order": "think_first", "rule": "brief", "max_completion": 48}, stage="sft")
     (tmp_path / "case.csv").write_text("query,docid,title,rating\nred boots,A,red boots,\nblue mug,B,red mug,\n")
-    words = "-m", "she_nb.book.cli", "judge", tmp_path / "case.csv", "-o", tmp_path / "judged.csv", "--model", tmp_path
-    done = python(wheel, *map(str, words))
-    assert done.returncode == 0 and "rows      2: 2 judged now" in done.stdout, done.stderr
-    assert len((tmp_path / "judged.csv").read_text().splitlines()) == 3
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SHE_NB_")} | {"PYTHONPATH": str(wheel)}
+    working = subprocess.Popen([sys.executable, "-c", AT_WORK], cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    try:
+        said = [working.stdout.readline()]
+        while said[-1] and "/v1/" not in said[-1]: said.append(working.stdout.readline())
+        assert said[-1] and "rows      2: 2 judged now" in "".join(said), (said, working.poll())
+        assert len((tmp_path / "judged.csv").read_text().splitlines()) == 3
+        place = said[-1].split(" at ")[1].partition("/v1/")[0]
+        with urllib.request.urlopen(f"{place}/health", timeout=60) as answer: assert answer.status == 200
+    finally: working.send_signal(signal.SIGINT)
+    assert "Ended; 0 pairs were judged." in working.communicate(timeout=60)[0] and working.returncode == 0
 
 
 FOLLOW = """
@@ -79,17 +95,3 @@ def test_what_follows_a_judgment_works_in_an_empty_folder_and_without_torch(whee
     assert "weighted by the column weight (1 to 3): the pairs stand for 240" in done.stdout
     made = {"agree", "judge.cal.html", "judge.cal.json", "judge.cal.png", "o.json", "q.csv", "to_rate.csv"}
     assert {path.name for path in tmp_path.iterdir()} == made | {"judged.jsonl", "rated.csv", "run.csv"}
-
-
-def test_serve_answers_outside_the_book(wheel, policy, tokenizer, tmp_path):
-    from she_nb.serving.card import write_card
-    for part in (policy, tokenizer): part.save_pretrained(tmp_path)
-    write_card(tmp_path, {"order": "think_first", "rule": "brief", "max_completion": 48}, stage="sft")
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SHE_NB_")} | {"PYTHONPATH": str(wheel)}
-    words = [sys.executable, "-m", "she_nb.book.cli", "serve", "--model", ".", "--port", "0"]
-    serving = subprocess.Popen(words, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        place = serving.stdout.readline().split(" at ")[1].partition("/v1/")[0]
-        with urllib.request.urlopen(f"{place}/health", timeout=60) as answer: assert answer.status == 200
-    finally: serving.send_signal(signal.SIGINT)
-    assert "Ended; 0 pairs were judged." in serving.communicate(timeout=60)[0] and serving.returncode == 0

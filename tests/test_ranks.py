@@ -67,6 +67,49 @@ def test_spread_weights_learn_what_whole_ones_learn(runs):
     same(one, spread)
 
 
+# Responses in groups of four, six in each of two processes; a group straddles
+
+@pytest.mark.parametrize("micro", [6, 3])
+def test_groups_that_straddle_two_processes_have_the_advantages_of_one(runs, micro):
+    (one,), ranks = runs("scripted"), runs(f"scripted-{micro}")
+    assert one["processes"] == 1 and [rank["processes"] for rank in ranks] == [2, 2]
+    varied = 0
+    for step, whole in enumerate(one["batches"]):
+        parts = [rank["batches"][step] for rank in ranks]
+        assert parts[0]["row"] + parts[1]["row"] == whole["row"] and parts[0]["row"][-1] == parts[1]["row"][0]
+        place = 0
+        for part in parts:
+            of_part = (part[name] for name in ("completion_ids", "completion_mask", "advantages"))
+            for ids, mask, actual in zip(*of_part, strict=True):
+                length = int(mask.sum())
+                assert ids[:length].tolist() == whole["completion_ids"][place][:length].tolist()
+                torch.testing.assert_close(actual[:length], whole["advantages"][place][:length], atol=1e-6, rtol=0)
+                assert whole["completion_mask"][place].sum() == length and not actual[length:].any()
+                varied += bool(actual.std() > 0.1)
+                place += 1
+    assert varied > 20 and place == 12
+
+
+@pytest.mark.parametrize("micro", [6, 3])
+def test_two_processes_learn_what_one_learns(runs, micro):
+    (one,), ranks = runs("scripted"), runs(f"scripted-{micro}")
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    assert (ranks[0]["weights"] - one["weights"]).abs().max() < 1e-6
+    names = ("reward", "all_steps", "well_formed", "advantage_mean", "advantage_std", "grad_norm", "loss")
+    for left, right in zip(one["rows"], ranks[0]["rows"], strict=True):
+        for name in names: assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_processes_say_what_one_says(runs):
+    (one,), ranks = runs("sampled"), runs("sampled-2")
+    whole, halves = one["batches"][0], [rank["batches"][0] for rank in ranks]
+    responses = [ids[mask.bool()].tolist() for part in halves for ids, mask in
+            zip(part["completion_ids"], part["completion_mask"], strict=True)]
+    assert responses == [ids[mask.bool()].tolist() for ids, mask in
+                    zip(whole["completion_ids"], whole["completion_mask"], strict=True)]
+    assert len({str(ids) for ids in responses}) > 6
+
+
 DYING = """
 import os, signal, time
 from pathlib import Path

@@ -1,9 +1,6 @@
 """What we rely on in TRL's GRPOTrainer, and what step credit owes it: equal numbers wherever both should agree."""
 import json
 import math
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -24,7 +21,6 @@ from small import (
 )
 from transformers import set_seed
 from trl import GRPOTrainer
-from two_processes import run as run_scripted
 
 from she_nb.learning.advantage import CREDIT, advantage
 from she_nb.learning.trainers import StepGRPOTrainer, curve_rows, rl_dataset, train_rl
@@ -263,65 +259,6 @@ def test_tiers_alone_are_enough_truth(policy, tokenizer, tmp_path):
     run, log = train_rl(copy_of(policy, tokenizer), tokenizer, known, settings(tmp_path, 3))
     assert all("step_accuracy_1" not in row and row["final_accuracy"] >= 0 for row in curve_rows(log))
     assert weights(run.model).isfinite().all()
-
-
-# Two processes
-
-@pytest.fixture(scope="session")
-def together(tmp_path_factory):
-    "Five steps on twelve responses in groups of four: in one process, and six in each of two; a group straddles."
-    out = tmp_path_factory.mktemp("processes")
-    script, root = Path(__file__).parent / "two_processes.py", Path(__file__).parent.parent
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "",  # gloo, with or without a GPU
-                        "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, str(script), str(out)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run_scripted(out, "one", 12, 12)
-    run_scripted(out, "alone", 12, 12, trainer_class=RecordingTrainer)
-    return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
-
-
-@pytest.mark.parametrize("micro", [6, 3])
-def test_groups_that_straddle_two_processes_have_the_advantages_of_one(together, micro):
-    one, ranks = together["one-0"], [together[f"two{micro}-{rank}"] for rank in (0, 1)]
-    assert one["processes"] == 1 and ranks[0]["processes"] == 2
-    varied = 0
-    for step, whole in enumerate(one["batches"]):
-        parts = [rank["batches"][step] for rank in ranks]
-        assert parts[0]["row"] + parts[1]["row"] == whole["row"] and parts[0]["row"][-1] == parts[1]["row"][0]
-        place = 0
-        for part in parts:
-            of_part = (part[name] for name in ("completion_ids", "completion_mask", "advantages"))
-            for ids, mask, actual in zip(*of_part, strict=True):
-                length = int(mask.sum())
-                assert ids[:length].tolist() == whole["completion_ids"][place][:length].tolist()
-                torch.testing.assert_close(actual[:length], whole["advantages"][place][:length], atol=1e-6, rtol=0)
-                assert whole["completion_mask"][place].sum() == length and not actual[length:].any()
-                varied += bool(actual.std() > 0.1)
-                place += 1
-    assert varied > 20 and place == 12
-
-
-@pytest.mark.parametrize("micro", [6, 3])
-def test_two_processes_learn_what_one_learns(together, micro):
-    one, ranks = together["one-0"], [together[f"two{micro}-{rank}"] for rank in (0, 1)]
-    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
-    assert (ranks[0]["weights"] - one["weights"]).abs().max() < 1e-6
-    names = ("reward", "all_steps", "well_formed", "advantage_mean", "advantage_std", "grad_norm", "loss")
-    for left, right in zip(one["rows"], ranks[0]["rows"], strict=True):
-        for name in names: assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
-
-
-def test_two_processes_say_what_one_says(together):
-    one, ranks = together["alone-0"], [together[f"said-{rank}"] for rank in (0, 1)]
-    whole, halves = one["batches"][0], [rank["batches"][0] for rank in ranks]
-    responses = [ids[mask.bool()].tolist() for part in halves for ids, mask in
-            zip(part["completion_ids"], part["completion_mask"], strict=True)]
-    assert responses == [ids[mask.bool()].tolist() for ids, mask in
-                    zip(whole["completion_ids"], whole["completion_mask"], strict=True)]
-    assert len({str(ids) for ids in responses}) > 6
 
 
 # One committed trajectory

@@ -93,7 +93,7 @@ def page_numbers(
     gains = (2 ** (tier - 1) - 1)[(tier > 1).any(1)]
     places = np.broadcast_to(-np.arange(tier.shape[1]), gains.shape)
     earned = visit(tier, demand, price, shoppers)
-    return {"ndcg": float(ndcg_score(gains, places)) if len(gains) else np.nan,
+    return {"ndcg": float(ndcg_score(gains, places, ignore_ties=True)) if len(gains) else np.nan,
             **{name: 1000 * float(earned[name].sum(1).mean()) for name in ("orders", "gmv")}}
 
 # %% ../../nbs/59_evidence.commerce.ipynb #com0016

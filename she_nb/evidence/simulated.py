@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Habits', 'by_row', 'preferences', 'simulate_compare', 'simulate_rate', 'simulate', 'invented_chains',
-           'invented_cases', 'blank_study', 'expected_gsb', 'preference_for', 'repeated', 'coverage', 'power',
-           'pairs_needed', 'size_sentence']
+           'invented_cases', 'blank_study', 'expected_gsb', 'preference_for', 'repeated', 'coverage',
+           'imagined_studies', 'power', 'pairs_needed', 'size_sentence']
 
 # %% ../../nbs/59_evidence.simulated.ipynb #ps0002
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -193,24 +193,33 @@ def coverage(
 # %% ../../nbs/59_evidence.simulated.ipynb #ps0020
 SIZES = (10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480)   # numbers of pairs that are tried (ours)
 
-def power(
+def imagined_studies(
     pairs: int,
     raters: int,
     gsb: float,               # the preference that is there
     taste: float = .3,        # spread of preferences between raters
     runs: int = 200,
     seed: int = 0,
-) -> float:                   # share of studies that find it
-    "How often the interval of GSB leaves zero out on the right side."
+) -> Iterator[bool]:          # of each: does it find the preference
+    "Imagined studies, in which the interval of GSB leaves zero out on the right side, or does not."
     rng, habits = np.random.default_rng(seed), Habits(preference=preference_for(gsb, taste=taste))
     names, cases = [f"r{place}" for place in range(raters)], np.arange(pairs)
     table = pd.DataFrame({"rater": np.repeat(names, pairs), "case": np.tile(cases, raters), "place": 0.})
-    table["query"], table["first"], found, all_rows = table["case"], table["case"] % 2 == 0, 0, np.ones(len(table), bool)
+    table["query"], table["first"], all_rows = table["case"], table["case"] % 2 == 0, np.ones(len(table), bool)
     for _ in range(runs):
         own = {name: replace(habits, preference=habits.preference + taste * rng.normal()) for name in names}
         row = measure(table, (preferences(table, own, pd.Series(rng.normal(size=pairs), cases), rng), all_rows))
-        found += row["low"] > 0 if gsb > 0 else row["high"] < 0
-    return found / runs
+        yield row["low"] > 0 if gsb > 0 else row["high"] < 0
+
+def power(
+    pairs: int,
+    raters: int,
+    gsb: float,
+    runs: int = 200,
+    **others,                 # of `imagined_studies`
+) -> float:                   # share of studies that find the preference
+    "How often a study of this size finds what is there."
+    return sum(imagined_studies(pairs, raters, gsb, runs=runs, **others)) / runs
 
 # %% ../../nbs/59_evidence.simulated.ipynb #ps0025
 def pairs_needed(
@@ -218,10 +227,17 @@ def pairs_needed(
     raters: int,
     enough: float = .8,        # share of studies that shall find it
     sizes: Iterable[int] = SIZES,
-    **others,                  # of `power`
+    runs: int = 200,
+    **others,                  # of `imagined_studies`
 ) -> int | None:               # None: not with these sizes
-    "The smallest number of pairs that is enough."
-    return next((pairs for pairs in sizes if power(pairs, raters, gsb, **others) >= enough), None)
+    "The smallest number of pairs whose power is enough; no study is imagined that can't change the answer."
+    def reaches(pairs):
+        found = 0
+        for left, finds in zip(reversed(range(runs)), imagined_studies(pairs, raters, gsb, runs=runs, **others), strict=True):
+            found += finds
+            if found / runs >= enough: return True
+            if (found + left) / runs < enough: return False
+    return next((pairs for pairs in sizes if reaches(pairs)), None)
 
 def size_sentence(
     gsb: float,

@@ -1,0 +1,17 @@
+"Every notebook runs from its first cell to its last, as `nbdev-test` runs it."
+import pytest
+from conftest import ROOT
+
+FOLDER = ROOT / "nbs"
+NOTEBOOKS = [path.relative_to(FOLDER) for path in sorted(FOLDER.rglob("*.ipynb"))]
+
+
+def hidden(path): return any(part.startswith((".", "_")) for part in path.parts)
+
+
+@pytest.mark.parametrize("notebook", [path for path in NOTEBOOKS if not hidden(path)], ids=lambda path: str(path.with_suffix("")))
+def test_it_runs(notebook):
+    from nbdev.config import get_config
+    from nbdev.test import test_nb as run_notebook  # its traceback goes to standard error
+    passed, seconds = run_notebook(FOLDER / notebook, get_config(FOLDER).tst_flags.split(), basepath=ROOT)
+    assert passed
