@@ -151,14 +151,15 @@ def labels_identity(
 # %% ../../nbs/72_book.records.ipynb #added002
 # what later parameters were before they could be set; the values never change, whatever settings.ini says
 ADDED = {"dtype": "fp32", "lora_rank": 0, "lora_alpha": 32.0, "lora_targets": "all-linear", "checkpointing": 0,
-         "experts": 0, "active_experts": 2, "replay": 1}
+         "experts": 0, "active_experts": 2, "replay": 1, "answer_engine": "transformers"}
 
 # %% ../../nbs/72_book.records.ipynb #f19a8ea4
 def parameters_of(
     names: dict,  # a notebook's namespace right after its parameters cell
 ) -> dict:  # plain values by name, the catalogue by content, `inputs` as {run key: digest}
     "The parameters that identify a run (ours)."
-    parameters = {key: value for key, value in names.items()
+    def stated(value): return "server" if isinstance(value, str) and value.startswith(("http://", "https://")) else value
+    parameters = {key: stated(value) for key, value in names.items()
                   if isinstance(value, (str, int, float, bool)) and not key.startswith("_") and ADDED.get(key) != value
                   and key not in (*PLACES, *LABEL_FILES, *LABEL_WORDS)} | labels_identity(names)
     if "catalog" in parameters:
