@@ -189,7 +189,8 @@ def served_config(
     folder: str | Path,  # of a policy
 ):
     "A model's config, whose longest context is no longer than LONGEST."
-    config = AutoConfig.from_pretrained(model_folder((base_of(folder) or (folder,))[0]), local_files_only=True).get_text_config()
+    name, offline = model_folder((base_of(folder) or (folder,))[0]), os.environ.get("HF_HUB_OFFLINE", "1") != "0"
+    config = AutoConfig.from_pretrained(name, local_files_only=offline).get_text_config()
     config.max_position_embeddings = min(getattr(config, "max_position_embeddings", LONGEST), LONGEST)
     return config
 

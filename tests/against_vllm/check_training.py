@@ -1,11 +1,10 @@
 "Training with vLLM beside the trainer: do the weights follow? Part of `make test-vllm`."
-from parts import make_policy, note  # first: it sets vLLM's environment
+from parts import make_policy, note
+from small import RecordingTrainer, moved, rows, settings, trainer
 
-from small import RecordingTrainer, moved, rows, settings, trainer  # isort: skip
-
-from she_nb.policy.models import load_policy  # isort: skip
-from she_nb.policy.synced import agreement, synced_trainer, vllm_options  # isort: skip
-from she_nb.task import BookError  # isort: skip
+from she_nb.policy.models import load_policy
+from she_nb.policy.synced import agreement, synced_trainer, vllm_options
+from she_nb.task import BookError
 
 
 def test_colocated_training_samples_from_the_weights_that_it_trains(tmp_path):
