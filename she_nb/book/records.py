@@ -151,7 +151,8 @@ def labels_identity(
 # %% ../../nbs/72_book.records.ipynb #added002
 # what later parameters were before they could be set; the values never change, whatever settings.ini says
 ADDED = {"dtype": "fp32", "lora_rank": 0, "lora_alpha": 32.0, "lora_targets": "all-linear", "checkpointing": 0,
-         "experts": 0, "active_experts": 2, "replay": 1, "style": "terse"}
+         "experts": 0, "active_experts": 2, "replay": 1, "style": "terse",
+         "answer_engine": "transformers"}
 
 # %% ../../nbs/72_book.records.ipynb #f19a8ea4
 def parameters_of(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'COMPACTION_THRESHOLD', 'takes_any_mask', 'shared_attention', 'accept_sharing', 'GroupCacheLayer',
-           'GroupCache', 'sample_tokens', 'SampledResponse', 'without_router_logits', 'additive', 'prefill',
-           'is_sharded', 'anywhere', 'decode', 'sample', 'group_prompts', 'truncate_at_eos', 'transformers_sample',
-           'generate', 'generate_responses', 'own_places', 'responses_of_all']
+           'GroupCache', 'token_logps', 'sample_tokens', 'SampledResponse', 'without_router_logits', 'additive',
+           'prefill', 'is_sharded', 'anywhere', 'decode', 'sample', 'group_prompts', 'truncate_at_eos',
+           'transformers_sample', 'sample_groups', 'generate', 'generate_responses', 'own_places', 'responses_of_all']
 
 # %% ../../nbs/22_policy.rollout.ipynb #c002
 from collections.abc import Sequence
@@ -148,13 +148,28 @@ class GroupCache(Cache):
         return outputs.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).contiguous()
 
 # %% ../../nbs/22_policy.rollout.ipynb #c013
+def token_logps(
+    logits: Tensor,      # (..., vocabulary)
+    temperature: float,  # 0 is greedy, and counted as 1
+    top_p: float = 1.0,  # the likeliest tokens that hold this share can be drawn; 1: all
+) -> Tensor:             # log-probabilities of what can be drawn, likewise
+    "The distribution that a token is drawn from."
+    logps = torch.log_softmax(logits.float() / (temperature if temperature > 0 else 1), -1)
+    if top_p >= 1 or temperature <= 0: return logps
+    ordered, places = logps.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    outside = (before >= top_p).scatter(-1, places, before >= top_p)
+    return torch.log_softmax(logps.masked_fill(outside, -torch.inf), -1)
+
+# %% ../../nbs/22_policy.rollout.ipynb #en22a003
 def sample_tokens(
     logits: Tensor,      # (rows, vocabulary)
     uniforms: Tensor,    # uniform in [0, 1), (rows,)
     temperature: float,  # 0 is greedy
-) -> tuple[Tensor, Tensor]:  # tokens and their log-probabilities at this temperature, each (rows,)
+    top_p: float = 1.0,  # see `token_logps`
+) -> tuple[Tensor, Tensor]:  # tokens and their log-probabilities, each (rows,)
     "The next token of every row, by inverting its cumulative distribution."
-    logps = torch.log_softmax(logits.float() / (temperature if temperature > 0 else 1), -1)
+    logps = token_logps(logits, temperature, top_p)
     if temperature <= 0: tokens = logps.argmax(-1, keepdim=True)
     else:
         cumulative = logps.exp().cumsum(-1)
@@ -226,6 +241,7 @@ def decode(
     uniforms: Tensor,              # in [0, 1), (responses, most new tokens)
     eos_token_ids: Sequence[int],  # ids that end a response
     temperature: float,            # 0 is greedy
+    top_p: float = 1.0,            # see `token_logps`
 ) -> tuple[Tensor, Tensor, Tensor]:  # ids and log-probabilities, shaped like `uniforms`, and lengths of the responses
     "Sample all responses behind what was read."
     most, device, eos = uniforms.shape[1], model.device, torch.tensor(list(eos_token_ids), device=model.device)
@@ -234,8 +250,8 @@ def decode(
     active, unfinished = torch.arange(len(uniforms), device=device), torch.ones(len(uniforms), dtype=torch.bool, device=device)
     response_lengths, sharded = torch.zeros_like(active), is_sharded(model)
     for t in range(most):
-        tokens, token_logps = sample_tokens(logits, uniforms[active, t], temperature)
-        responses[active, t], logps[active, t] = tokens, token_logps
+        tokens, new_logps = sample_tokens(logits, uniforms[active, t], temperature, top_p)
+        responses[active, t], logps[active, t] = tokens, new_logps
         response_lengths[active] += unfinished
         unfinished = unfinished & ~torch.isin(tokens, eos)
         remaining = int(unfinished.sum())
@@ -258,6 +274,7 @@ def sample(
     uniforms: Tensor,              # random numbers in [0, 1), (responses, most new tokens)
     eos_token_ids: Sequence[int],  # ids that end a response
     temperature: float = 1.0,      # 0 is greedy
+    top_p: float = 1.0,            # see `token_logps`
 ) -> list[SampledResponse]:        # in the order of the prompts
     "Sample groups that share their prompt's cache (ours)."
     if not prompts:  # one of its own, where others wait for this process
@@ -267,7 +284,7 @@ def sample(
     uniforms, device = uniforms.to(model.device), model.device
     prompt_indices = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(counts, device=device))
     cache, mask, lengths, logits = prefill(model, prompts, prompt_indices, uniforms.shape[1])
-    decoded = decode(model, cache, mask, lengths, logits, uniforms, eos_token_ids, temperature)
+    decoded = decode(model, cache, mask, lengths, logits, uniforms, eos_token_ids, temperature, top_p)
     rows = zip(*(values.tolist() for values in decoded), strict=True)
     return [SampledResponse(ids[:n], logps[:n]) for ids, logps, n in rows]
 
@@ -286,11 +303,11 @@ def group_prompts(
 
 # %% ../../nbs/22_policy.rollout.ipynb #c025
 def truncate_at_eos(
-    ids: list[int],     # sampled ids, possibly with padding behind the end token
-    eos_token_id: int,  # of the end token
-) -> list[int]:         # up to and including the first end token
+    ids: list[int],   # sampled ids, possibly with padding behind the end token
+    *ends: int,       # ids that end a response
+) -> list[int]:       # up to and including the first of them
     "The response without the padding of its batch."
-    return ids[:ids.index(eos_token_id) + 1] if eos_token_id in ids else ids
+    return next((ids[:place + 1] for place, token in enumerate(ids) if token in ends), ids)
 
 # %% ../../nbs/22_policy.rollout.ipynb #c027
 @torch.no_grad()
@@ -301,19 +318,22 @@ def transformers_sample(
     group: int,                # responses for each prompt
     max_new_tokens: int,
     temperature: float,        # 0 is greedy
+    top_p: float = 1.0,
+    stops: Sequence[int] = (), # ids that end a response; none: the end token
 ) -> list[list[int]]:          # ids of every response, prompt after prompt
     "Sample with transformers' `generate`, for models that `sample` can't take."
-    decoding = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {}
+    ends = list(stops) or [tokenizer.eos_token_id]
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, num_return_sequences=group, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.pad_token_id, synced_gpus=is_sharded(model), **decoding)
-    return [truncate_at_eos(ids, tokenizer.eos_token_id) for ids in out[:, inputs["input_ids"].shape[1]:].tolist()]
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, num_return_sequences=group, eos_token_id=ends,
+                         pad_token_id=tokenizer.pad_token_id, synced_gpus=is_sharded(model), **({"do_sample": False} | decoding))
+    return [truncate_at_eos(ids, *ends) for ids in out[:, inputs["input_ids"].shape[1]:].tolist()]
 
 # %% ../../nbs/22_policy.rollout.ipynb #c028
-def generate(
+def sample_groups(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,  # padded on the left
-    prompts: list[str],
+    prompts: list[list[int]],  # token ids
     group: int = 1,            # responses for each prompt
     temperature: float = 0.0,  # 0 is greedy
     max_new_tokens: int = 64,
@@ -322,25 +342,41 @@ def generate(
     shared: bool = True,       # read each prompt once for its group, where the model allows
     places: Sequence[int] | None = None,  # of the prompts among `total`, which decide their random numbers; None: they are all
     total: int = 0,
-) -> list[list[list[int]]]:    # ids, by prompt and response
-    "Sample responses (temperature 0.99 in the paper's training; greedy in our tests); a greedy group raises `BookError`."
-    if group > 1 and temperature <= 0:
-        raise BookError(f"a group of {group} greedy responses is one response; set temperature > 0.")
+    top_p: float = 1.0,        # see `token_logps`
+    stops: Sequence[int] = (), # ids that end a response; none: the end token
+) -> list[list[SampledResponse]]:  # by prompt and response; without log-probabilities where `sample` can't take the model
+    "Sample groups of responses (temperature 0.99 in the paper's training; greedy in our tests)."
     torch.manual_seed(seed)
-    prompt_ids = tokenizer(framed(tokenizer, prompts), add_special_tokens=False)["input_ids"]
     uniforms = torch.rand(total or len(prompts), group, max_new_tokens)[slice(None) if places is None else places]
-    by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    size, responses = max(batch // group, 1), [None] * len(prompt_ids)
-    for first in range(0, len(prompt_ids), size):
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size, responses, ends = max(batch // group, 1), [None] * len(prompts), list(stops) or [tokenizer.eos_token_id]
+    for first in range(0, len(prompts), size):
         indices = by_length[first:first + size]
-        batch_prompts = [prompt_ids[i] for i in indices]
+        some, counts = [prompts[i] for i in indices], [group] * len(indices)
         if shared and takes_any_mask(model):
-            batch_uniforms, eos_token_ids = uniforms[indices].flatten(0, 1), [tokenizer.eos_token_id]
-            batch_responses = sample(model, batch_prompts, [group] * len(indices), batch_uniforms, eos_token_ids, temperature)
-            sampled = [response.ids for response in batch_responses]
-        else: sampled = transformers_sample(model, tokenizer, batch_prompts, group, max_new_tokens, temperature)
+            sampled = sample(model, some, counts, uniforms[indices].flatten(0, 1), ends, temperature, top_p)
+        else:
+            ids = transformers_sample(model, tokenizer, some, group, max_new_tokens, temperature, top_p, ends)
+            sampled = [SampledResponse(row, []) for row in ids]
         for place, i in enumerate(indices): responses[i] = sampled[place * group:(place + 1) * group]
     return responses
+
+# %% ../../nbs/22_policy.rollout.ipynb #en22a001
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    group: int = 1,            # responses for each prompt
+    temperature: float = 0.0,  # 0 is greedy
+    max_new_tokens: int = 64,
+    **options,                 # of `sample_groups`: batch, seed, shared, places, total, top_p
+) -> list[list[list[int]]]:    # ids, by prompt and response
+    "Sample responses to texts; a greedy group raises `BookError`."
+    if group > 1 and temperature <= 0:
+        raise BookError(f"a group of {group} greedy responses is one response; set temperature > 0.")
+    ids = tokenizer(framed(tokenizer, prompts), add_special_tokens=False)["input_ids"]
+    found = sample_groups(model, tokenizer, ids, group, temperature, max_new_tokens, **options)
+    return [[response.ids for response in responses] for responses in found]
 
 # %% ../../nbs/22_policy.rollout.ipynb #493ede23
 def generate_responses(

@@ -48,7 +48,7 @@ def open_calibration(
     def calibrate(rows): return [row | {"scale": calibration.scale} for row in apply_calibration(rows, calibration)]
     return {"calibrate": calibrate, "calibration": digest_of(Path(path).read_text(encoding="utf-8"))}
 
-def open_judge(args):  # args: model, cal, order, rule, tier_rule, precision, and perhaps scale
+def open_judge(args):  # args: model, engine, cal, order, rule, tier_rule, precision, and perhaps scale
     "The folder and its judge."
     from she_nb.serving.judgment import RATINGS
     scale = getattr(args, "scale", "tiers")
@@ -58,7 +58,7 @@ def open_judge(args):  # args: model, cal, order, rule, tier_rule, precision, an
 
     from she_nb.serving.judging import Judge
     logging.disable_progress_bar()
-    stated = {name: getattr(args, name) for name in ("order", "rule", "tier_rule", "precision") if getattr(args, name)}
+    stated = {name: getattr(args, name) for name in ("order", "rule", "tier_rule", "precision", "engine") if getattr(args, name)}
     if getattr(args, "tier_only", False): stated["steps"] = False
     return folder, Judge.load(folder, scale, **calibration, **stated)
 
@@ -177,7 +177,7 @@ def account(
             "review": done.review, "status": dict(done.status),
             "tiers": {str(tier): done.tiers[tier] for tier in TIERS}, "pairs_per_second": speed,
             "seconds": round(done.seconds, 1), "model": str(folder), "digest": judge.digest, "scale": judge.scale,
-            "decoding": asdict(judge.decoding), "calibration": judge.calibration, "versions": versions}
+            "engine": judge.engine, "decoding": asdict(judge.decoding), "calibration": judge.calibration, "versions": versions}
 
 def account_words(
     told: dict,   # from `account`
@@ -263,7 +263,9 @@ def serve_command(args) -> None:  # args: host, port, and those of `open_judge`
 MODEL_OPTIONS = {"model": "folder of a policy (the newest book's)", "cal": "a calibration, from she-nb calibrate",
                  "order": "think_first, answer_first or label_only (as the model's card says)",
                  "rule": "brief or full (likewise)", "tier-rule": "argmax, or cumulative for the median tier (argmax)",
-                 "precision": "double, in which a pair has one answer in whatever batch, or single, twice as fast (double)"}
+                 "engine": "transformers, vllm, or the address of a server of this model, http://HOST:PORT (transformers)",
+                 "precision": "double, in which a pair has one answer in whatever batch; single, twice as fast; half (double; of "
+                              "vllm single; a server's own)"}
 FILE_OPTIONS = {"products": "items by id: CSV, TSV, JSONL or Parquet", "catalog": "your catalogue: the export of any shop",
                 "queries": "texts of queries, by id", "fields": "columns of a table: query=q,doc_id=sku",
                 "locale": "of ESCI: us, es or jp", "reuse": "rows that were judged before, .jsonl",
