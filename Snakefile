@@ -1,17 +1,22 @@
 # The graph of a book's runs: each rule is one papermill call of a notebook in nbs/stages. `she-nb book` starts it.
-# By hand, for example with an executor plugin on a cluster, from the folder of the book:
+# By hand, from the folder of the book, here or with a profile of a cluster:
 #     snakemake --cores 2 --forceall
+#     snakemake --profile profiles/slurm --forceall --config gpus=1
 # The records decide what is finished (she_nb.book.graph.pending), not file times: only pending runs have a rule here.
 import os
-import re
+import signal
 
 from she_nb.book.cli import watch_parent
+from she_nb.book.clusters import resources, rule_name, spread
 from she_nb.book.graph import job, outputs, pending, plan, read_book
 
-if "SHE_NB_WATCH" in os.environ: watch_parent()
+watch = os.environ.get("SHE_NB_WATCH")   # the jobs of a cluster run on other machines, and watch nobody
+if watch == "all": watch_parent()
+elif watch == "driver": watch_parent(end=signal.SIGINT); del os.environ["SHE_NB_WATCH"]
 
 book = read_book(config.get("book", ""))
 todo = pending(book, plan(book))
+named = workflow.resource_settings.overwrite_resources   # set-resources of a profile: a stage's name means all its runs
 # the longest path first: what reinforcement learning begins with, then the book's own arms, of which the last takes longest
 first = {"data": 310, ("sft", "sft"): 305, ("judge", "all"): 300, "dpo": 280, "ask": 270, "select": 260, "tune": 220,
          "evaluate": 200, "judge_test": 170, "train": 100, "judge": -50}
@@ -26,10 +31,11 @@ for run in todo:
     what = job(book, run, todo)
 
     rule:
-        name: re.sub(r"\W", "_", run.key)
+        name: rule_name(run)
         input: what["input"]
         output: what["output"]
         threads: run.cores
         priority: first.get((run.stage, run.arm), first.get(run.stage, 0)) - run.seed  # early seeds first (the search has seed 100)
-        params: command=what["command"]
+        resources: **{**resources(run, config), **named.get(run.stage, {})}
+        params: command=lambda wildcards, resources, what=what: spread(what["command"], resources.get("nodes", 1))
         shell: "exec {params.command}"

@@ -1,0 +1,116 @@
+"""The micro book on a real Slurm of two nodes: a job is cancelled, a node dies, and the same command ends with the records of
+a run on this machine. Minutes of both cores: `make test-slurm` runs it; SHE_NB_SLURM names its folder, where it goes on."""
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Desk
+from loopback import Loopback, missing, said
+
+from she_nb.book.records import code_state
+from she_nb.task import atomic_write
+
+FOLDER = os.environ.get("SHE_NB_SLURM", "")
+REASON = missing() if FOLDER else "it takes minutes of all cores: make test-slurm runs it"
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+MACHINE = ("seconds", "peak_rss_mb", "device", "commit", "dirty", "versions")  # of a record
+CLOCK = ("second", "time")  # in the name of a metric
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Loopback(Path(FOLDER, "slurm")) as cluster: yield cluster
+
+
+def profile(folder):
+    "The book's own, but asking often."
+    written = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
+    written |= {"slurm-init-seconds-before-status-checks": 5, "latency-wait": 20}
+    return atomic_write(folder / "profile/config.yaml", yaml.safe_dump(written)).parent
+
+
+def begin(desk, *words):
+    return subprocess.Popen(desk.words("book", "--preset", "micro", *words), cwd=ROOT, env=desk.env, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for(line, path, process, seconds=3600):
+    until = time.monotonic() + seconds
+    while not path.exists() or line not in path.read_text(errors="replace"):
+        assert process.poll() is None and time.monotonic() < until, f"{path} never said: {line}"
+        time.sleep(.5)
+
+
+def numbers(row): return {name: value for name, value in row.items() if not any(word in name for word in CLOCK)}
+
+
+def records(desk):
+    "What runs leave, less what the machine decides: parameters, metrics, curves, and digests of weights."
+    found = {}
+    for path in sorted((desk.reports / "book/runs").glob("*/run.json")):
+        record, key = json.loads(path.read_text()), path.parent.name
+        plain = {name: value for name, value in record.items() if name not in MACHINE}
+        curves = path.with_name("metrics.csv")
+        rows = list(csv.DictReader(curves.open())) if curves.exists() else []
+        weights = {each.name: hashlib.sha256(each.read_bytes()).hexdigest()[:12]
+                   for each in sorted((desk.work / "book" / key).glob("*.safetensors"))}
+        found[key] = plain | {"metrics": numbers(plain["metrics"]), "curves": [numbers(row) for row in rows], "weights": weights}
+    return found
+
+
+def differences(one, other):
+    "Paths at which two records differ."
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [f"{name}/{rest}".rstrip("/") for name in sorted({*one, *other})
+                for rest in differences(one.get(name), other.get(name))]
+    return [""] if json.dumps(one) != json.dumps(other) else []
+
+
+def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster):
+    folder, attempts, began = Path(FOLDER), [], time.time()
+    here, there = Desk(folder / "here"), Desk(folder / "there")
+    log, words = there.work / "book/logs/train-srpo-s0.log", ("--executor", "slurm", "--profile", profile(folder))
+
+    def attempt(what, step, harm):
+        process = begin(there, *words)
+        wait_for(f"step {step} of 12", log, process)
+        (job, (rule, node)), = [item for item in cluster.jobs().items() if item[1][0] == "train_srpo_s0"]
+        harm(job, node)
+        sentence = process.communicate()[1].strip()
+        attempts.append({"harm": what, "job": int(job), "rule": rule, "node": node, "code": process.returncode, "said": sentence})
+        assert process.returncode == 1 and f"train_srpo_s0 (job {job}, " in sentence and "\n" not in sentence, sentence
+
+    attempt("scancel", 5, lambda job, node: said("scancel", job))
+    assert "CANCELLED" in attempts[0]["said"]
+    log.unlink()
+    attempt("node killed", 8, lambda job, node: cluster.kill_node(node))
+    assert "NODE_FAIL" in attempts[1]["said"] and "continuing from checkpoint-" in log.read_text()
+    log.unlink()
+    process = begin(there, *words)
+    sentence = process.communicate()[1].strip()
+    attempts.append({"harm": "none", "code": process.returncode, "said": sentence})
+    assert process.returncode == 0 and "continuing from checkpoint-" in log.read_text(), sentence
+    whole = here.run("book", "--preset", "micro")
+    assert whole.returncode == 0, whole.stderr
+    one, other = records(here), records(there)
+    different = differences(one, other)
+    commit, dirty = code_state()
+    compared = {"records": len(one), "metrics": sum(len(each["metrics"]) for each in one.values()),
+                "rows_of_curves": sum(len(each["curves"]) for each in one.values()),
+                "files_of_weights": sum(len(each["weights"]) for each in one.values()), "different": different}
+    packages = ("snakemake", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep")
+    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "dirty": dirty, "preset": "micro",
+              "slurm": said("slurmctld", "-V").split()[-1], "versions": {name: version(name) for name in packages},
+              "nodes": cluster.states(), "attempts": attempts, "jobs": cluster.history(), "compared": compared,
+              "seconds": round(time.time() - began)}
+    atomic_write(ROOT / "reports/clusters/slurm.json", json.dumps(record, indent=1) + "\n")
+    assert one.keys() == other.keys() and not different
+    assert {"n1", "n2"} <= {row["nodes"] for row in record["jobs"]}
