@@ -10,12 +10,16 @@ from she_nb.book.cli import watch_parent
 from she_nb.book.clusters import resources, rule_name, spread
 from she_nb.book.graph import job, outputs, pending, plan, read_book
 
-watch = os.environ.get("SHE_NB_WATCH")   # the jobs of a cluster run on other machines, and watch nobody
+watch = os.environ.get("SHE_NB_WATCH")
 if watch == "all": watch_parent()
-elif watch == "driver": watch_parent(end=signal.SIGINT); del os.environ["SHE_NB_WATCH"]
+elif watch == "driver":   # the jobs of a cluster run on other machines, and watch nobody
+    del os.environ["SHE_NB_WATCH"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # in the background it would be ignored
+    watch_parent(end=signal.SIGINT)
 
 book = read_book(config.get("book", ""))
 todo = pending(book, plan(book))
+shared = local if workflow.storage_settings.default_storage_provider else str   # pods see the book's folder, on a volume
 named = workflow.resource_settings.overwrite_resources   # set-resources of a profile: a stage's name means all its runs
 # the longest path first: what reinforcement learning begins with, then the book's own arms, of which the last takes longest
 first = {"data": 310, ("sft", "sft"): 305, ("judge", "all"): 300, "dpo": 280, "ask": 270, "select": 260, "tune": 220,
@@ -24,7 +28,7 @@ first |= {("train", arm): 240 + place for place, arm in enumerate(book.arms)}   
 
 
 rule all:
-    input: [path for run in todo for path in outputs(book, run)]
+    input: [shared(path) for run in todo for path in outputs(book, run)]
 
 
 for run in todo:
@@ -32,8 +36,8 @@ for run in todo:
 
     rule:
         name: rule_name(run)
-        input: what["input"]
-        output: what["output"]
+        input: [shared(path) for path in what["input"]]
+        output: [shared(path) for path in what["output"]]
         threads: run.cores
         priority: first.get((run.stage, run.arm), first.get(run.stage, 0)) - run.seed  # early seeds first (the search has seed 100)
         resources: **{**resources(run, config), **named.get(run.stage, {})}

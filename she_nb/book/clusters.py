@@ -174,7 +174,7 @@ def check_cluster(
     if jobs: raise BookError(f"Jobs of an earlier attempt are still in the queue; wait for them, or give: scancel {jobs[:150]}")
 
 # %% ../../nbs/78_book.clusters.ipynb #cl780026
-LOST = re.compile(r"Error in rule (\w+):\n(?:.*\n)*?.*?SLURM-job '(\d+)' failed.*?SLURM status is: '(\w+)'")
+LOST = re.compile(r"Error in rule (\w+):\n\s*message: SLURM-job '(\d+)' failed.*?SLURM status is: '(\w+)'")
 REFUSED = re.compile(r"SLURM sbatch failed. The error message was '(?:sbatch: error: )?([^'\n]*)")
 STOPPED = re.compile(r"(?:^|\n)(?:WorkflowError:\s*|ApiError:\s*|.*: error: |Error: )(.+)")
 

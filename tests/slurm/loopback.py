@@ -29,13 +29,13 @@ StateSaveLocation={base}/state
 SlurmdSpoolDir={base}/spool/%n
 SlurmctldLogFile={base}/log/slurmctld.log
 SlurmdLogFile={base}/log/slurmd.%n.log
-# no cgroups, no accounts
+# no cgroups, no accounts; jobs go to the node with least to do
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
+SelectTypeParameters=CR_CPU_Memory,CR_LLN
 MpiDefault=none
 # a busy machine answers late; a node that is silent for a minute is dead, and its jobs are not started again
 MessageTimeout=60

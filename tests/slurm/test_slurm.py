@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from importlib.metadata import version
@@ -21,6 +22,7 @@ FOLDER = os.environ.get("SHE_NB_SLURM", "")
 REASON = missing() if FOLDER else "it takes minutes of all cores: make test-slurm runs it"
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
+BOOK = "book", "--preset", "micro", *os.environ.get("SHE_NB_SLURM_WORDS", "").split()
 MACHINE = ("seconds", "peak_rss_mb", "device", "commit", "dirty", "versions")  # of a record
 CLOCK = ("second", "time")  # in the name of a metric
 
@@ -38,8 +40,8 @@ def profile(folder):
 
 
 def begin(desk, *words):
-    return subprocess.Popen(desk.words("book", "--preset", "micro", *words), cwd=ROOT, env=desk.env, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(desk.words(*BOOK, *words), cwd=ROOT, env=desk.env, text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
 
 
 def wait_for(line, path, process, seconds=3600):
@@ -75,30 +77,28 @@ def differences(one, other):
 
 
 def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster):
-    folder, attempts, began = Path(FOLDER), [], time.time()
+    folder, began = Path(FOLDER), time.time()
     here, there = Desk(folder / "here"), Desk(folder / "there")
-    log, words = there.work / "book/logs/train-srpo-s0.log", ("--executor", "slurm", "--profile", profile(folder))
-
-    def attempt(what, step, harm):
-        process = begin(there, *words)
-        wait_for(f"step {step} of 12", log, process)
-        (job, (rule, node)), = [item for item in cluster.jobs().items() if item[1][0] == "train_srpo_s0"]
-        harm(job, node)
-        sentence = process.communicate()[1].strip()
-        attempts.append({"harm": what, "job": int(job), "rule": rule, "node": node, "code": process.returncode, "said": sentence})
-        assert process.returncode == 1 and f"train_srpo_s0 (job {job}, " in sentence and "\n" not in sentence, sentence
-
-    attempt("scancel", 5, lambda job, node: said("scancel", job))
-    assert "CANCELLED" in attempts[0]["said"]
-    log.unlink()
-    attempt("node killed", 8, lambda job, node: cluster.kill_node(node))
-    assert "NODE_FAIL" in attempts[1]["said"] and "continuing from checkpoint-" in log.read_text()
-    log.unlink()
+    words = "--executor", "slurm", "--profile", profile(folder)
+    logs = {arm: there.work / f"book/logs/train-{arm}-s0.log" for arm in ("grpo", "srpo")}
+    harms, process = [], begin(there, *words)
+    for arm, harm in (("grpo", "job cancelled"), ("srpo", "node killed")):
+        wait_for("step 5 of 12", logs[arm], process)
+        (job, (rule, node)), = [item for item in cluster.jobs().items() if item[1][0] == f"train_{arm}_s0"]
+        if arm == "grpo": said("scancel", job)
+        else: cluster.kill_node(node)
+        harms.append({"harm": harm, "job": int(job), "rule": rule, "node": node})
+    sentence = process.communicate()[1].strip()
+    attempts = [{"harms": harms, "code": process.returncode, "said": sentence}]
+    for harm, state in zip(harms, ("CANCELLED", "NODE_FAIL"), strict=True):
+        assert f"{harm['rule']} (job {harm['job']}, {state})" in sentence, sentence
+    assert process.returncode == 1 and "\n" not in sentence
     process = begin(there, *words)
     sentence = process.communicate()[1].strip()
-    attempts.append({"harm": "none", "code": process.returncode, "said": sentence})
-    assert process.returncode == 0 and "continuing from checkpoint-" in log.read_text(), sentence
-    whole = here.run("book", "--preset", "micro")
+    attempts.append({"harms": [], "code": process.returncode, "said": sentence})
+    assert process.returncode == 0, sentence
+    for log in logs.values(): assert "continuing from checkpoint-" in log.read_text()
+    whole = here.run(*BOOK)
     assert whole.returncode == 0, whole.stderr
     one, other = records(here), records(there)
     different = differences(one, other)
@@ -107,10 +107,34 @@ def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster):
                 "rows_of_curves": sum(len(each["curves"]) for each in one.values()),
                 "files_of_weights": sum(len(each["weights"]) for each in one.values()), "different": different}
     packages = ("snakemake", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep")
-    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "dirty": dirty, "preset": "micro",
+    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "dirty": dirty, "command": " ".join(BOOK),
               "slurm": said("slurmctld", "-V").split()[-1], "versions": {name: version(name) for name in packages},
               "nodes": cluster.states(), "attempts": attempts, "jobs": cluster.history(), "compared": compared,
               "seconds": round(time.time() - began)}
     atomic_write(ROOT / "reports/clusters/slurm.json", json.dumps(record, indent=1) + "\n")
     assert one.keys() == other.keys() and not different
-    assert {"n1", "n2"} <= {row["nodes"] for row in record["jobs"]}
+    assert {row["nodes"] for row in record["jobs"]} == {"n1", "n2"}
+
+
+def test_two_machines_share_the_ranks_of_a_training(cluster):
+    "SRPO again, from the first step, in two ranks that meet by gloo: rounding apart, what one rank learnt."
+    for node, state in cluster.states().items():
+        if state != "idle": cluster.start_node(node)
+    desk, key = Desk(Path(FOLDER) / "there"), "train-srpo-s0"
+    one = records(desk)[key]
+    for folder in (desk.work / "book" / key, desk.reports / "book/runs" / key): shutil.rmtree(folder)
+    words = "--executor", "slurm", "--profile", profile(Path(FOLDER)), "--nodes", "2", "-p", "ranks", "2"
+    done = desk.run(*BOOK, *words)
+    assert done.returncode == 0, done.stderr
+    device = json.loads((desk.reports / "book/runs" / key / "run.json").read_text())["device"]
+    job = next(row for row in reversed(cluster.history()) if row["rule"] == "train_srpo_s0")
+    two = records(desk)[key]
+    names = ("reward", "loss", "entropy", "grad_norm", "all_steps")
+    first = {name: [float(each["curves"][0][name]) for each in (one, two)] for name in names if name in one["curves"][0]}
+    commit, dirty = code_state()
+    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "dirty": dirty, "command": " ".join([*BOOK, "-p", "ranks", "2"]),
+              "job": job, "device": device, "first_step_of_one_and_two_ranks": first,
+              "rewards": [[float(row["reward"]) for row in each["curves"]] for each in (one, two)]}
+    atomic_write(ROOT / "reports/clusters/nodes.json", json.dumps(record, indent=1) + "\n")
+    assert job["nodes"] == "n[1-2]" and device.endswith("2 ranks")
+    for left, right in first.values(): assert left == pytest.approx(right, rel=1e-3, abs=1e-5)
