@@ -20,7 +20,7 @@ elif watch == "driver":   # the jobs of a cluster run on other machines, and wat
 book = read_book(config.get("book", ""))
 todo = pending(book, plan(book))
 shared = local if workflow.storage_settings.default_storage_provider else str   # pods see the book's folder, on a volume
-named = workflow.resource_settings.overwrite_resources   # set-resources of a profile: a stage's name means all its runs
+named = workflow.resource_settings._parsed_overwrite_resources   # set-resources, of a run's rule or of a stage: all its runs
 # the longest path first: what reinforcement learning begins with, then the book's own arms, of which the last takes longest
 first = {"data": 310, ("sft", "sft"): 305, ("judge", "all"): 300, "dpo": 280, "ask": 270, "select": 260, "tune": 220,
          "evaluate": 200, "judge_test": 170, "train": 100, "judge": -50}
@@ -40,6 +40,8 @@ for run in todo:
         output: [shared(path) for path in what["output"]]
         threads: run.cores
         priority: first.get((run.stage, run.arm), first.get(run.stage, 0)) - run.seed  # early seeds first (the search has seed 100)
-        resources: **{**resources(run, config), **named.get(run.stage, {})}
+        resources: **resources(run, config)
         params: command=lambda wildcards, resources, what=what: spread(what["command"], resources.get("nodes", 1))
         shell: "exec {params.command}"
+
+    for name in (run.stage, rule_name(run)): workflow.get_rule(rule_name(run)).resources.update(named.get(name, {}))

@@ -35,7 +35,8 @@ def queue(tmp_path):
 def test_what_slurm_is_given(queue):
     "A stage's resources, from the command line and by its name from a profile; and nothing that ties it to this machine."
     profile = queue.folder / "mine.yaml"
-    profile.write_text("executor: slurm\ndefault-resources: {mem_mb: 3000, slurm_partition: cpu}\n"
+    profile.write_text("executor: slurm\nslurm-status-command: squeue\nslurm-init-seconds-before-status-checks: 1\n"
+                       "default-resources: {mem_mb: 3000, slurm_partition: cpu}\n"
                        "set-resources: {data: {constraint: large}, train: {gres: 'gpu:8'}}\n")
     done = queue.run(*BOOK, "--profile", profile, "--time", "77", "--partition", "gup", "--gpus", "1")
     refused(done, "Slurm refused a job: invalid partition specified: gup; see the profile")

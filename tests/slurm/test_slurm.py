@@ -132,7 +132,7 @@ def test_two_machines_share_the_ranks_of_a_training(cluster):
     names = ("reward", "loss", "entropy", "grad_norm", "all_steps")
     first = {name: [float(each["curves"][0][name]) for each in (one, two)] for name in names if name in one["curves"][0]}
     commit, dirty = code_state()
-    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "dirty": dirty, "command": " ".join(map(str, [*BOOK, *words[4:]])),
+    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "dirty": dirty, "command": " ".join([*BOOK, *words[4:]]),
               "job": job, "device": device, "first_step_of_one_and_two_ranks": first,
               "rewards": [[float(row["reward"]) for row in each["curves"]] for each in (one, two)]}
     atomic_write(ROOT / "reports/clusters/nodes.json", json.dumps(record, indent=1) + "\n")
