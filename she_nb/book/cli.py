@@ -176,9 +176,9 @@ def _first_error(book, todo):
     files = [book.log(run.key).with_suffix(".error") for run in todo]
     messages = [file.read_text() for file in files if file.exists()]
     if not messages:
-        if known := cluster_failure(book.work / book.name / "snakemake.log"): return known
         for folder in (book.work, book.reports): check_space(folder / book.name, 1)  # nobody can write why: a full disk
-        return StageError(f"Snakemake failed; see {book.work / book.name / 'snakemake.log'}.")
+        log = book.work / book.name / "snakemake.log"
+        return cluster_failure(log) or StageError(f"Snakemake failed; see {log}.")
     error_name, text = messages[0].split(" ", 1)
     return {"BookError": BookError, "StageError": StageError}[error_name](text)
 

@@ -176,7 +176,7 @@ def check_cluster(
 # %% ../../nbs/78_book.clusters.ipynb #cl780026
 LOST = re.compile(r"Error in rule (\w+):\n\s*message: SLURM-job '(\d+)' failed.*?SLURM status is: '(\w+)'")
 REFUSED = re.compile(r"SLURM sbatch failed. The error message was '(?:sbatch: error: )?([^'\n]*)")
-STOPPED = re.compile(r"(?:^|\n)(?:WorkflowError:\s*|ApiError:\s*|.*: error: |Error: )(.+)")
+STOPPED = re.compile(r"(?:^|\n)(?:WorkflowError:\s*|ApiError:\s*|.*: error: |Error: )(?!At least one job)(.+)")
 
 def cluster_failure(
     log: Path,  # of Snakemake

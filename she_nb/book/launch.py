@@ -158,8 +158,9 @@ def launch(
 if (__name__, __package__) == ("__main__", "she_nb.book"):
     if sys.argv[1] == "start":   # the launcher, which ends with the process that asked for it
         if sys.platform == "linux": _exit_with_parent(int(sys.argv[2]) or os.getppid())
-        sys.argv = [os.environ["SLURM_PROCID"] if word == NODE else word for word in sys.argv[3:]]
-        if sys.argv[0] == "srun": os.execvp("srun", sys.argv)
+        words = sys.argv[3:]
+        if words[0] == "srun": os.execvp("srun", words)
+        sys.argv = [os.environ["SLURM_PROCID"] if word == NODE else word for word in words]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         if sys.platform == "linux": _exit_with_parent(os.getppid())
