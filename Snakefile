@@ -1,7 +1,7 @@
 # The graph of a book's runs: each rule is one papermill call of a notebook in nbs/stages. `she-nb book` starts it.
 # By hand, from the folder of the book, here or with a profile of a cluster:
 #     snakemake --cores 2 --forceall
-#     snakemake --profile profiles/slurm --forceall --config gpus=1
+#     snakemake --profile profiles/slurm --forceall --config executor=slurm gpus=1
 # The records decide what is finished (she_nb.book.graph.pending), not file times: only pending runs have a rule here.
 import os
 import signal

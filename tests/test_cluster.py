@@ -1,13 +1,17 @@
 """A book on a cluster, as far as it shows without one: the command line that Slurm is given, and what is refused before. The real
 thing, two nodes with jobs that are lost, is slurm/test_slurm.py."""
 import shlex
+import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
-from conftest import Desk, refused, write_stages
+from conftest import ROOT, Desk, refused, write_stages
 
 from she_nb.book.cli import main
+from she_nb.book.clusters import read_cluster
+from she_nb.book.graph import open_book, plan
 
 BOOK = "book", "--preset", "micro", "-p", "start", "sft", "-p", "reward", "oracle", "-p", "curriculum", "single"
 SBATCH = f"""#!{sys.executable}
@@ -50,13 +54,35 @@ def test_what_slurm_is_given(queue):
     assert "--allowed-rules data_all_s0" in job and "--executor slurm-jobstep" in job
 
 
+class Resources(dict):
+    "As Snakemake's: a mapping with attributes."
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.skipif(not find_spec("snakemake_executor_plugin_slurm"), reason="snakemake-executor-plugin-slurm is not installed")
+@pytest.mark.parametrize("nodes, asked, never", [
+    (1, ("--gres=gpu:8", "--cpus-per-task=8"), ("--nodes", "--ntasks")),
+    (2, ("--nodes=2", "--ntasks=2", "--gres=gpu:4", "--cpus-per-task=4"), ("--ntasks-per-gpu",))])
+def test_eight_gpus_on_one_machine_and_on_two(nodes, asked, never):
+    "The words of sbatch for a training in eight ranks."
+    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+    run = next(run for run in plan(open_book("tiny", ranks="8")) if run.stage == "train")
+    cluster = read_cluster("slurm", gpus=1, nodes=nodes, partition="gpu")
+    job = SimpleNamespace(resources=Resources(cluster.whole(run)), threads=run.cores, is_group=lambda: False)
+    own = {"run_uuid": "x", "slurm_logfile": "log", "comment_str": "", "account": "", "partition": "-p gpu", "workdir": "."}
+    words = get_submit_command(job, own) + set_gres_string(job)
+    assert all(word in words.split() for word in asked), words
+    assert not any(word in words for word in never), words
+
+
 def test_what_a_dry_run_lists(queue, capsys, monkeypatch):
     monkeypatch.setenv("SHE_NB_STAGES", queue.env["SHE_NB_STAGES"])
     where = "--work", str(queue.work), "--reports", str(queue.reports)
     assert main([*BOOK, *where, "--executor", "slurm", "--gpus", "1", "--memory", "9", "--dry-run"]) == 0
     lines = {line.split()[1]: line.split()[3:] for line in capsys.readouterr().out.split("\n") if line.startswith("run ")}
-    assert {"gpu=1", "mem_mb=9000", "threads=1"} <= {*lines["train-srpo-s0"]}
-    assert "gpu=1" in lines["evaluate-sft-s0"] and "gpu=1" not in lines["data-all-s0"] + lines["report-all-s0"]
+    assert {"gres=gpu:1", "mem_mb=9000", "threads=1"} <= {*lines["train-srpo-s0"]}
+    assert "gres=gpu:1" in lines["evaluate-sft-s0"] and "gres=gpu:1" not in lines["data-all-s0"] + lines["report-all-s0"]
     assert queue.files() == []
 
 
@@ -86,3 +112,16 @@ def test_slurm_itself_is_missing(queue, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(queue.folder))
     assert main([*BOOK, "--work", str(queue.work), "--reports", str(queue.reports), "--executor", "slurm"]) == 2
     assert "There is no sbatch on this machine" in capsys.readouterr().err
+
+
+PLUGINS = "snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_fs"
+
+@pytest.mark.skipif(not all(map(find_spec, PLUGINS)), reason="Snakemake's plugins kubernetes and fs are not installed")
+def test_snakemake_reads_the_profile_of_kubernetes(queue):
+    "A dry run: no pod is started."
+    words = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--profile", ROOT / "profiles/kubernetes",
+             "--directory", queue.folder, "--dry-run", "--forceall", "--nolock", "--config", "gpus=1"]
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=queue.env, capture_output=True, text=True)
+    assert done.returncode == 0 and "This was a dry-run" in done.stdout + done.stderr
+    rule = (done.stdout + done.stderr).split("rule train_srpo_s0:")[1].split("rule ")[0]
+    assert "gpu=1" in rule and "gpu_manufacturer=nvidia" in rule

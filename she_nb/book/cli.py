@@ -239,7 +239,7 @@ def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, f
     if todo:
         check_book(book)
         with locked(book):
-            if cluster: check_cluster(cluster, book.work / book.name)
+            if cluster: check_cluster(cluster, book.work / book.name, todo)
             if args.force: delete_marks(book, runs)
             if not studies: prune(book, runs)
             print(f"{book.name}: {len(todo)} of {len(runs)} runs to do; logs in {book.log('x').parent}", flush=True)

@@ -61,7 +61,6 @@ def check_executor(
     name: str,  # of a package snakemake-executor-plugin-<name>
 ) -> None:
     "Raise BookError where an executor cannot work from here (ours)."
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", name): raise BookError(f"--executor {name!r} is no name; give slurm or kubernetes.")
     if not find_spec(f"snakemake_executor_plugin_{name.replace('-', '_')}"):
         package = f"'she-nb[{name}]'" if name in EXTRAS else f"snakemake-executor-plugin-{name}"
         raise BookError(f"The executor {name} is not installed here; pip install {package} adds it.")
@@ -77,15 +76,20 @@ OPTIONS = {"gpus": "of each process that holds a model", "memory": "GB of a job"
 
 def resources(
     run: Run,     # gives cores and ranks
-    asked: dict,  # of OPTIONS, what was given
+    asked: dict,  # of OPTIONS, what was given, and the executor
 ) -> dict:        # by Snakemake's names
     "What the job of a run asks for, before its profile (ours)."
-    ranks, nodes = run.arguments.get("ranks", 1), int(asked.get("nodes") or 1)
+    ranks = run.arguments.get("ranks", 1)
+    nodes = int(asked.get("nodes") or 1) if ranks > 1 else 1
+    if ranks % nodes: raise BookError(f"ranks = {ranks} is no multiple of --nodes {nodes}; set one of them otherwise.")
     gpus = int(asked.get("gpus") or 0) * ranks * (run.stage in MODEL_STAGES)
-    own = {"gpu": gpus, "mem_mb": 1000 * int(asked.get("memory") or 0), "runtime": int(asked.get("time") or 0),
+    own = {"mem_mb": 1000 * int(asked.get("memory") or 0), "runtime": int(asked.get("time") or 0),
            "slurm_partition": asked.get("partition")}
-    if min(nodes, ranks) > 1: own |= {"nodes": nodes, "tasks": nodes, "cpus_per_task": run.cores // nodes, "mpi": "srun"}
-    return {name: value for name, value in own.items() if value}
+    own = {name: value for name, value in own.items() if value}
+    if gpus: own |= {"gres": f"gpu:{gpus // nodes}"} if asked.get("executor") == "slurm" else {"gpu": gpus}  # gres: on each node
+    if nodes == 1: return own
+    own |= {"nodes": nodes, "tasks": nodes, "cpus_per_task": run.cores // nodes, "mpi": "srun"}
+    return own | {"tasks_per_gpu": 0} if gpus else own   # 0: tasks are counted, not GPUs
 
 # %% ../../nbs/78_book.clusters.ipynb #cl780031
 def spread(
@@ -108,7 +112,7 @@ class Cluster:
     executor: str                  # one of Snakemake's
     file: Path | None = None       # its profile
     profile: dict = field(default_factory=dict)  # what that says
-    asked: dict = field(default_factory=dict)    # of OPTIONS, what the command line says
+    asked: dict = field(default_factory=dict)    # of OPTIONS, what the command line says, and the executor
 
     def whole(self, run: Run) -> dict:
         "All that the job of a run asks for, by Snakemake's names."
@@ -132,12 +136,13 @@ def read_cluster(
     **asked,             # of OPTIONS
 ) -> Cluster | None:     # None: this machine alone
     "Executor and profile, checked; BookError in one sentence (ours)."
+    if not re.fullmatch("[a-z0-9-]*", executor): raise BookError(f"--executor {executor!r} is no name; give slurm or kubernetes.")
     given = {name: value for name, value in asked.items() if value}
     for name in ("gpus", "memory", "time", "nodes", "jobs"):
         if asked.get(name) is not None and asked[name] < 1: raise BookError(f"--{name} = {asked[name]} is less than one.")
     file = profile_file(profile, executor) if executor or profile else None
     written = read_profile(file)
-    named = executor or written.get("executor", "")
+    named = executor or str(written.get("executor", ""))
     if written.get("executor", named) != named:
         raise BookError(f"--executor {named} and {file}, which is of {written['executor']}: name one cluster.")
     if named in ("", "local"):
@@ -145,7 +150,7 @@ def read_cluster(
         return None
     for name in ("nodes", "partition"):
         if name in given and named != "slurm": raise BookError(f"--{name} is for Slurm, and the executor is {named}.")
-    return Cluster(named, file, written, given)
+    return Cluster(named, file, written, given | {"executor": named})
 
 # %% ../../nbs/78_book.clusters.ipynb #cl780024
 def withdraw(
@@ -161,9 +166,11 @@ def withdraw(
 
 def check_cluster(
     cluster: Cluster,
-    folder: Path,  # from which the book's jobs are submitted
+    folder: Path,     # from which the book's jobs are submitted
+    todo: list[Run],  # which they are
 ) -> None:
-    "Raise BookError where the executor cannot work, or jobs of an earlier attempt still run; the latter of Slurm alone (ours)."
+    "Raise BookError where a job asks for nonsense, the executor cannot work, or jobs of an earlier attempt still run (ours)."
+    for run in todo: cluster.whole(run)
     check_executor(cluster.executor)
     if cluster.executor != "slurm": return
     done = subprocess.run(["squeue", "--me", "--noheader", "--format", "%i|%Z"], capture_output=True, text=True)
