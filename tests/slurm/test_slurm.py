@@ -129,7 +129,9 @@ def test_two_machines_share_the_ranks_of_a_training(cluster):
     words = "--executor", "slurm", "--profile", profile(Path(FOLDER)), "--nodes", "2", "-p", "ranks", "2"
     process = begin(desk, *words)
     wait_for("versions", desk.reports / "book/runs" / key / "run.json", process)
-    while not any(rule == "report_all_s0" for rule, _ in cluster.jobs().values()): time.sleep(1)
+    while not any(rule == "report_all_s0" for rule, _ in cluster.jobs().values()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(1)
     process.terminate()
     while cluster.jobs(): time.sleep(1)
     device = json.loads((desk.reports / "book/runs" / key / "run.json").read_text())["device"]
