@@ -4,7 +4,8 @@
 #     make book LABELS=judged.csv     and on people's judgments
 #     make book PRESET=smol SMOKE=1   a pre-trained model, in minutes; without SMOKE in hours
 #     make book EXECUTOR=slurm        the same on a cluster, as profiles/slurm says
-#     make test | make test-vllm | make test-slurm | make ablations | make benchmark | make site | make lab | make outputs | make readme
+#     make test | make test-vllm | make test-slurm | make ablations | make benchmark | make gpu
+#     make site | make lab | make outputs | make readme
 # Options: PRESET=micro  NAME=mine  CORES=4  FORCE=1  DRY=1  SERVE=1  MAPPING=map.toml  SKIP_BAD=1%  SCALE=0-3
 #          of a cluster: PROFILE=mine.yaml  GPUS=1  NODES=2
 SHELL := /bin/bash
@@ -21,7 +22,7 @@ FLAGS = --preset $(PRESET)$(if $(SMOKE),-smoke) $(if $(CATALOG),--catalog "$(CAT
 INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q -p $(BIN)/python "$$@" \
           || $(BIN)/pip install -q "$$@"; }; install
 
-.PHONY: book ablations benchmark test test-vllm test-slurm outputs site lab readme
+.PHONY: book ablations benchmark gpu test test-vllm test-slurm outputs site lab readme
 .DELETE_ON_ERROR:
 
 PRETRAINED = $(if $(filter smol%,$(PRESET)),.venv/.smol)
@@ -37,6 +38,16 @@ benchmark: .venv/.book
 	@echo "Timing training steps, ours beside TRL's own, and judging; half an hour, best on a machine with nothing else to do"
 	@$(BIN)/she-nb stage benchmark -p preset $(PRESET) -p cases book,grid,smollm2,judging -p rounds 3 \
 	  -p threads 2 -p out "$(CURDIR)/reports/benchmark"
+
+# on one GPU: equalities, the benchmark case by case, the larger smol; what has left a record is not run again
+gpu: .venv/.test .venv/.smol
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu wants a GPU that PyTorch sees, and there is none.")'
+	@mkdir -p reports/gpu
+	@test -f reports/gpu/equality.xml || { $(BIN)/pytest tests/test_sharing.py tests/test_trl.py tests/test_pretrained.py \
+	  --junitxml=work/equality.xml && mv work/equality.xml reports/gpu/; }
+	@for case in book grid smollm2 judging; do test -f reports/gpu/$$case/benchmark.json || $(BIN)/she-nb stage benchmark \
+	  -p preset tiny -p cases $$case -p rounds 3 -p threads 8 -p out "$(CURDIR)/reports/gpu/$$case" || exit 1; done
+	@exec $(BIN)/she-nb ablations --preset smol-gpu
 
 test: .venv/.test
 	$(BIN)/ruff check
