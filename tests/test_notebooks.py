@@ -1,6 +1,10 @@
 "Every notebook runs from its first cell to its last, as `nbdev-test` runs it."
+import os
+
 import pytest
 from conftest import ROOT
+
+from she_nb.book.kernels import SOCKET
 
 FOLDER = ROOT / "nbs"
 NOTEBOOKS = [path.relative_to(FOLDER) for path in sorted(FOLDER.rglob("*.ipynb"))]
@@ -13,5 +17,6 @@ def hidden(path): return any(part.startswith((".", "_")) for part in path.parts)
 def test_it_runs(notebook):
     from nbdev.config import get_config
     from nbdev.test import test_nb as run_notebook  # its traceback goes to standard error
+    warm = os.environ.get(SOCKET)
     passed, seconds = run_notebook(FOLDER / notebook, get_config(FOLDER).tst_flags.split(), basepath=ROOT)
-    assert passed
+    assert passed and os.environ.get(SOCKET) == warm   # the next one finds the warm process as well
