@@ -73,7 +73,7 @@ def differences(one, other):
     if isinstance(one, dict) and isinstance(other, dict):
         return [f"{name}/{rest}".rstrip("/") for name in sorted({*one, *other})
                 for rest in differences(one.get(name), other.get(name))]
-    return [""] if json.dumps(one) != json.dumps(other) else []
+    return [""] if json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True) else []
 
 
 def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster):
