@@ -1,5 +1,6 @@
 """The micro book on a real Slurm of two nodes: a job is cancelled, a node dies, and the same command ends with the records of
-a run on this machine. Minutes of both cores: `make test-slurm` runs it; SHE_NB_SLURM names its folder, where it goes on."""
+a run on this machine. Minutes of both cores: `make test-slurm` runs it; SHE_NB_SLURM names its folder, where it goes on, and
+SHE_NB_SLURM_WORDS adds options of `she-nb book`, which the record names."""
 import csv
 import hashlib
 import json
