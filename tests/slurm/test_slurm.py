@@ -1,5 +1,6 @@
 """The micro book on a real Slurm of two nodes: a job is cancelled, a node dies, and the same command ends with the records of
-a run on this machine. Minutes of both cores: `make test-slurm` runs it; SHE_NB_SLURM names its folder, where it goes on."""
+a run on this machine. Minutes of both cores: `make test-slurm` runs it; SHE_NB_SLURM names its folder, where it goes on, and
+SHE_NB_SLURM_WORDS adds options of `she-nb book`, which the record names."""
 import csv
 import hashlib
 import json
@@ -73,7 +74,7 @@ def differences(one, other):
     if isinstance(one, dict) and isinstance(other, dict):
         return [f"{name}/{rest}".rstrip("/") for name in sorted({*one, *other})
                 for rest in differences(one.get(name), other.get(name))]
-    return [""] if json.dumps(one) != json.dumps(other) else []
+    return [""] if json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True) else []
 
 
 def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster):
