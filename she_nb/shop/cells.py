@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HTML', 'TAG', 'BLOCKS', 'WORDS', 'PART', 'LAST', 'SPELLED', 'ARROW', 'FORMS', 'POSITION', 'SECTION', 'NAMES',
            'STATED', 'known_pairs', 'LONGEST_VALUE', 'NO_ATTRIBUTE', 'SWATCH', 'known_values', 'CURRENCIES',
-           'DECIMAL_OF', 'SAME', 'MONEY', 'DOLLARS', 'unescaped', 'plain_text', 'split_list', 'parsed_text',
+           'DECIMAL_OF', 'SAME', 'MONEY', 'NUMBERS', 'DOLLARS', 'unescaped', 'plain_text', 'split_list', 'parsed_text',
            'split_path', 'deepest', 'levels_of', 'PathForm', 'named_parts', 'pairs_of_text', 'pairs_of', 'is_list',
            'value_text', 'values_of', 'trait', 'read_details', 'as_list', 'money', 'decimal_shown', 'amount',
            'PriceForm']
@@ -283,14 +283,16 @@ def decimal_shown(number: str) -> str:  # "." or ","; "" where it shows none; "?
     whole, digits = number.split(marks)
     return marks if len(digits) != 3 or len(whole) > 3 or whole.startswith("0") else "?"
 
+NUMBERS = {".": re.compile(r"-?(\d+|\d{1,3}(,\d{2,3})*,\d{3})(\.\d+)?"),
+           ",": re.compile(r"-?(\d+|\d{1,3}(\.\d{2,3})*\.\d{3})(,\d+)?")}  # by decimal mark
+
 @lru_cache(maxsize=2**14)
 def amount(
     number: str,       # from `money`
     decimal: str,      # "." or ","
 ) -> float | None:     # None where it cannot be read so
     "The value of a number."
-    thousands, point = ("," if decimal == "." else r"\."), re.escape(decimal)
-    if not re.fullmatch(rf"-?(\d+|\d{{1,3}}({thousands}\d{{2,3}})*{thousands}\d{{3}})({point}\d+)?", number): return None
+    if not NUMBERS[decimal].fullmatch(number): return None
     return float(number.replace("," if decimal == "." else ".", "").replace(decimal, "."))
 
 # %% ../../nbs/10_shop.cells.ipynb #c034

@@ -47,7 +47,7 @@ class Reading:
 # %% ../../nbs/11_shop.feeds.ipynb #c007
 def named_counts(counts: Counter, shown: int = 5) -> str:
     "The most frequent names with their numbers."
-    parts = [f"{name[:30]} ({count:,})" for name, count in counts.most_common(shown)]
+    parts = [f"{' '.join(name.split())[:30]} ({count:,})" for name, count in counts.most_common(shown)]
     return ", ".join(parts) + (f" and {len(counts) - shown} more" if len(counts) > shown else "")
 
 def warnings_of(reading: Reading) -> list[str]:
@@ -61,7 +61,8 @@ def warnings_of(reading: Reading) -> list[str]:
     if reading.dropped: said.append(f"attributes left out, as nested, too long or codes: {named_counts(reading.dropped)}")
     if reading.unused:
         more = f" and {len(reading.unused) - 8} more" if len(reading.unused) > 8 else ""
-        said.append(f"columns not read: {', '.join(name[:30] for name in reading.unused[:8])}{more}; name one attr:color, or "
+        shown = ", ".join(" ".join(name.split())[:30] for name in reading.unused[:8])
+        said.append(f"columns not read: {shown}{more}; name one attr:color, or "
                     f"list it under "
                     "[attributes] of a mapping, and it is an attribute")
     return said
@@ -160,7 +161,7 @@ def survey(feed: Feed) -> None:
     mapping, names = feed.mapping, dict.fromkeys(feed.table.columns)
     price, currency, number = mapping.price, mapping.currency, mapping.id
     category = mapping.category[0] if len(mapping.category) == 1 and not mapping.paths and not feed.source else ""
-    see_parent = {"parents": see_woo, "views": see_magento, "families": see_family}.get(mapping.rows, lambda feed, row: None)
+    see_parent = {"parents": see_woo, "views": see_magento, "families": see_family}.get(mapping.rows)
     count, ids, shortened, example = 0, 0, 0, ""
     for _, row in feed.table:
         count += 1
@@ -173,7 +174,7 @@ def survey(feed: Feed) -> None:
         if isinstance(value := row.get(number), str) and value:
             ids += 1
             if value[-3:-1] in ("+0", "+1") and SHORTENED.fullmatch(value): shortened, example = shortened + 1, value
-        see_parent(feed, row)
+        if see_parent: see_parent(feed, row)
     check_rows_hold_words(feed.table.name, count)
     if shortened > ids / 2:
         raise BookError(f"{feed.table.name}: Excel has shortened the ids, as {example}; export them as text, or remove the "
@@ -228,7 +229,7 @@ def category_of(feed: Feed, row: dict) -> list[str]:
     else:
         levels = [plain_text(str(row[column])).strip() for column in mapping.category if stated(row, column)]
         levels = [level for level, before in zip(levels, [None, *levels], strict=False) if level != before]
-    if mapping.layout != "our own form" and levels and CODED.match(levels[0]):
+    if levels and levels[0][:1].isdecimal() and mapping.layout != "our own form" and CODED.match(levels[0]):
         levels = [name for name in (CODED.sub("", levels[0]), *levels[1:]) if name]  # Google's numbers name nothing
     return levels[1:] if mapping.root and levels[:1] == [mapping.root] and len(levels) > 1 else levels
 
@@ -293,10 +294,13 @@ def usable(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
         else: yield number, fields
 
 # %% ../../nbs/11_shop.feeds.ipynb #c023
-def inherited(fields: dict, first: dict) -> dict:
-    "Fields of a variant, with what only its product states."
-    more = {name: first[name] for name in ("title", "category", "brand", "price", "group") if not fields[name] and first[name]}
-    return fields | more | {"attributes": first["attributes"] | fields["attributes"]}
+def inherited(fields: dict, first: dict, own: Iterable[str] = ()) -> dict:
+    "Fields of a variant, with what only its product states; its own options are not the product's first ones."
+    for name in ("title", "category", "brand", "price", "group"):
+        if not fields[name] and first[name]: fields[name] = first[name]
+    shared = {name: value for name, value in first["attributes"].items() if name not in own}
+    fields["attributes"] = shared | fields["attributes"]
+    return fields
 
 def variant_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
     "A product for each variant; lines of pictures are skipped."
@@ -311,9 +315,8 @@ def variant_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
             feed.reading.skipped["pictures"] += 1
             continue
         fields, count = fields_of(feed, row), count + 1
-        if new: first = fields
-        else: fields = inherited(fields, first | {"attributes": {name: value for name, value in first["attributes"].items()
-                                                                 if name not in map(str, heads.values())}})
+        if new: first, own = fields, set(map(str, heads.values()))
+        else: fields = inherited(fields, first, own)
         if not fields["id"] or fields["id"] in seen or mapping.id == mapping.group: fields["id"] = f"{fields['group']}-{count}"
         seen.add(fields["id"])
         yield number, finished(feed, fields)

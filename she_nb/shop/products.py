@@ -114,10 +114,9 @@ def read_category(
     "A category path; an empty path or level is unknown."
     if value is None or value == "" or value == []: raise BookError("is missing; name one, as in 'Shoes > Boots'")
     levels = html.unescape(value).split(">") if isinstance(value, str) else value
-    if not isinstance(levels, (list, tuple)) or not all(isinstance(level, str) for level in levels):
-        raise BookError("is an unknown category path; write it as 'Shoes > Boots' or as a list of texts")
-    path = clean_path(tuple(levels))
-    if not path or not all(path):
+    try: path = clean_path(tuple(levels))
+    except TypeError: raise BookError("is an unknown category path; write it as 'Shoes > Boots' or as a list of texts") from None
+    if not path or "" in path:
         shown = clean_text(value if isinstance(value, str) else " > ".join(map(str, value)), 60)
         raise BookError(f"{shown!r} is an unknown category path; name every level, as in 'Shoes > Boots'")
     return path
@@ -129,7 +128,8 @@ def read_price(
     value,              # 39, "39.00", "$1,299.00", or nothing
 ) -> float | None:      # None where no price is stated
     "A price; negative ones and other text are refused."
-    if value is None or isinstance(value, str) and clean_word(value) in SILENT: return None
+    if value is None or type(value) is float and 0 <= value < math.inf: return value
+    if isinstance(value, str) and clean_word(value) in SILENT: return None
     price_match = PRICE.fullmatch(value.strip()) if isinstance(value, str) else None
     number = price_match[1].replace(",", "") if price_match else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) and not price_match or not math.isfinite(float(number)):
@@ -197,8 +197,8 @@ known_attributes = lru_cache(2**14)(new_attributes)
 def read_name(value) -> str | None:
     "A brand or an id; None where there is none."
     if isinstance(value, list) and len(value) == 1: value = value[0]
-    if value is None: return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if value is None or isinstance(value, str): return clean_text(value, 80) or None if value else None
+    if isinstance(value, bool) or not isinstance(value, int):
         raise BookError("is neither text nor a whole number; put quotes around it")
     return clean_text(str(value), 80) or None
 

@@ -273,6 +273,6 @@ def unpacked_size(path: Path) -> int:
     "The bytes of a file as a reader sees them, or of all files of a folder."
     if path.is_dir(): return sum(map(unpacked_size, filter(Path.is_file, path.rglob("*"))))
     with open_bytes(path) as file:
-        if (head := file.read(4)) == b"PAR1": return max(parquet_size(path)[1], path.stat().st_size)
+        if (head := file.read(4)) == b"PAR1": return max(4 * parquet_size(path)[1], path.stat().st_size)  # repeats stand once
         if not isinstance(file, gzip.GzipFile): return path.stat().st_size
         return len(head) + sum(map(len, iter(lambda: file.read(2**20), b"")))
