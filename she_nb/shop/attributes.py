@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNSPACED', 'WORD', 'APOSTROPHE', 'phrase', 'SAYS_NOTHING', 'GLUE', 'LIST_MARK', 'LETTER', 'BEFORE', 'AFTER', 'DENIAL',
-           'IDENTIFIERS', 'CODE', 'YES', 'NO', 'SAME_WORD', 'DIMENSIONS', 'ENDING', 'INCLUSIVE', 'stem', 'OPEN_NAMES',
-           'VAGUE', 'folded', 'padded_words', 'spelling_key', 'list_parts', 'known_parts', 'column_meanings',
-           'is_short', 'sure_words', 'says', 'without_phrases', 'names_products', 'wishable', 'askable', 'stem_of',
-           'stems', 'parts_of_measure', 'excludes', 'grams', 'spoken_values', 'says_another', 'open_attributes',
-           'says_most', 'same_dimension', 'doubtful', 'misstated', 'mentions']
+           'IDENTIFIERS', 'CODE', 'YES', 'NO', 'SAME_WORD', 'DIMENSIONS', 'ENDING', 'INCLUSIVE', 'stem', 'SYSTEMS',
+           'DENIALS', 'OPEN_NAMES', 'VAGUE', 'folded', 'padded_words', 'spelling_key', 'list_parts', 'known_parts',
+           'column_meanings', 'is_short', 'sure_words', 'says', 'without_phrases', 'names_products', 'wishable',
+           'askable', 'stem_of', 'stems', 'parts_of_measure', 'excludes', 'grams', 'spoken_values', 'says_another',
+           'open_attributes', 'says_most', 'same_dimension', 'doubtful', 'misstated', 'mentions']
 
 # %% ../../nbs/10_shop.attributes.ipynb #a002
 import re
@@ -42,7 +42,7 @@ phrase = lru_cache(200_000)(padded_words)  # of values, which recur
 SAYS_NOTHING = frozenset((
     "", "-", "--", "none", "n/a", "na", "n.a.", "n.a", "k.a.", "k. a.", "null", "nan", "unknown", "generic", "other", "others",
     "not applicable", "not available", "not specified", "does not apply", "unspecified",
-    "unbranded", "no brand", "no name", "tbd", "?", ".", "*"))
+    "unbranded", "no brand", "no name", "tbd", "?", ".", "*", "default", "default title"))
 
 # %% ../../nbs/10_shop.attributes.ipynb #a011
 GLUE = re.compile(r"(?<=[^\d\s\-_])[\s\-_]+|(?<=\d)[\s\-_]+(?=[^\W\d_])")
@@ -215,6 +215,9 @@ def stems(
 stem = lru_cache(200_000)(stems)  # of values
 
 # %% ../../nbs/10_shop.attributes.ipynb #a035
+SYSTEMS = frozenset(("eu", "uk", "us", "fr", "it", "jp", "cn"))  # of sizes
+DENIALS = frozenset(("non", "no", "not", "without", "anti", "free", "ohne", "sans", "sin"))
+
 def parts_of_measure(
     value: str,
 ) -> tuple[set[str], set[str]]:  # numbers, other words
@@ -228,10 +231,11 @@ def excludes(
 ) -> bool:
     "Whether an item cannot well have two values of one attribute: neither includes the other, and both measure one thing."
     (numbers, words), (other_numbers, other_words) = map(parts_of_measure, (value, other))
-    if not INCLUSIVE.isdisjoint(words | other_words): return False
+    if not (INCLUSIVE | DENIALS).isdisjoint(words | other_words): return False
     if numbers or other_numbers:
         units = words <= other_words or other_words <= words
-        return bool(numbers and other_numbers) and numbers != other_numbers and units
+        unlike = [word for word in words ^ other_words if word in SYSTEMS or DIMENSIONS.get(word, "number") != "number"]
+        return bool(numbers and other_numbers) and numbers != other_numbers and units and not unlike
     return not (words <= other_words or other_words <= words)
 
 # %% ../../nbs/10_shop.attributes.ipynb #a038

@@ -300,6 +300,7 @@ def by_titles(sample: Sample, rows: list[dict], titles: list[str], title: tuple[
     best = max(shares, key=shares.get, default="")
     return best if best and shares[best] >= .5 else ""
 
+# %% ../../nbs/11_shop.columns.ipynb #c018h
 HOMES = {"home page", "homepage", "startseite", "accueil", "inicio", "início", "главная", "ana sayfa", "strona główna", "首页",
          "トップ", "root", "root catalog", "default category", "all products", "all categories", "all", "shop"}
 
@@ -442,11 +443,12 @@ def read_mapping(path: str | Path) -> Mapping:
 # %% ../../nbs/11_shop.columns.ipynb #c032
 def check_mapping(mapping: Mapping, table: Table) -> None:
     "Raise `BookError` for a mapping that names no title, no category or columns that a table does not have."
-    shown = ", ".join(table.columns[:8])[:100] + (", ..." if len(table.columns) > 8 else "")
+    names = [" ".join(column.split()) for column in table.columns]
+    shown = ", ".join(names[:8])[:100] + (", ..." if len(names) > 8 else "")
     for role in ("title", "category"):
         if not getattr(mapping, role):
             layout = f" ({mapping.layout} files state none)" if role == "category" and mapping.layout in ("ESCI", "Etsy") else ""
-            numbers = [column for column in table.columns if role == "category" and key(column) in KNOWN["category"]]
+            numbers = [column for column in names if role == "category" and key(column) in KNOWN["category"]]
             if numbers: layout = f" ({numbers[0][:40]} holds numbers, no names)"
             raise BookError(f"{table.name}: no column '{role}' among {shown or 'none'}{layout}; rename or add one, or say which "
                             f"it is in a "

@@ -85,11 +85,11 @@ LATIN_WORD = re.compile(r"[^\W\d_]+")
 
 def word_votes(
     texts: Iterable[str],
-) -> Counter:  # language -> function words seen; a word of several languages votes for each
+) -> Counter:  # language -> function words seen, of languages without templates two at least; some vote for several
     "How often each language's small words occur."
     counts = Counter(word for text in texts for word in LATIN_WORD.findall(text.lower()))
-    votes = {language: sum(counts[word] for word in words.split()) for language, words in FUNCTION_WORDS.items()}
-    return Counter({language: count for language, count in votes.items() if count})
+    seen = {language: [counts[word] for word in words.split() if counts[word]] for language, words in FUNCTION_WORDS.items()}
+    return Counter({language: sum(found) for language, found in seen.items() if len(found) > (language not in PHRASES)})
 
 def detect_language(
     texts: Iterable[str],  # titles, some thousand at most

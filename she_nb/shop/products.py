@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BREAKS', 'ELEMENTS', 'HTML_TAG', 'PLAIN', 'SILENT', 'CHAIN_MARKS', 'LONGEST_WORD', 'known_word', 'PRICE',
            'MOST_SHARED', 'known_attributes', 'READERS', 'Product', 'clean_text', 'lower_case', 'clean_word',
-           'new_word', 'one_word', 'read_title', 'clean_path', 'read_category', 'read_price', 'as_object',
-           'read_values', 'read_attributes', 'new_attributes', 'read_name', 'read_row', 'problems_of', 'check_rows',
-           'raise_row_errors', 'unfilled', 'read_products', 'write_bad']
+           'new_word', 'one_word', 'read_title', 'clean_path', 'read_category', 'read_price', 'as_object', 'one_value',
+           'read_values', 'read_attributes', 'new_attributes', 'read_name', 'read_row', 'problems_of', 'Kept',
+           'check_rows', 'raise_row_errors', 'unfilled', 'read_products', 'write_bad']
 
 # %% ../../nbs/11_shop.products.ipynb #prd0002
 import csv
@@ -18,6 +18,8 @@ import math
 import re
 import unicodedata
 import zlib
+from array import array
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -84,7 +86,7 @@ def new_word(text: str) -> str:
     if len(word) > LONGEST_WORD: word = f"{word[:LONGEST_WORD - 6].rstrip()}… {zlib.crc32(word.encode()) & 0xffff:04x}"
     return "" if word in SILENT else word
 
-known_word = lru_cache(2**15)(new_word)  # of names and values, which recur
+known_word = lru_cache(2**14)(new_word)  # of names and values, which recur
 
 @lru_cache(2**14)
 def one_word(name: str) -> str:
@@ -101,7 +103,7 @@ def read_title(value) -> str:
     return title
 
 # %% ../../nbs/11_shop.products.ipynb #c019
-@lru_cache(2**15)
+@lru_cache(2**14)
 def clean_path(levels: tuple[str, ...]) -> tuple[str, ...]:
     "The levels of a category, cleaned."
     return tuple(map(clean_word, levels))
@@ -112,10 +114,9 @@ def read_category(
     "A category path; an empty path or level is unknown."
     if value is None or value == "" or value == []: raise BookError("is missing; name one, as in 'Shoes > Boots'")
     levels = html.unescape(value).split(">") if isinstance(value, str) else value
-    if not isinstance(levels, (list, tuple)) or not all(isinstance(level, str) for level in levels):
-        raise BookError("is an unknown category path; write it as 'Shoes > Boots' or as a list of texts")
-    path = clean_path(tuple(levels))
-    if not path or not all(path):
+    try: path = clean_path(tuple(levels))
+    except TypeError: raise BookError("is an unknown category path; write it as 'Shoes > Boots' or as a list of texts") from None
+    if not path or "" in path:
         shown = clean_text(value if isinstance(value, str) else " > ".join(map(str, value)), 60)
         raise BookError(f"{shown!r} is an unknown category path; name every level, as in 'Shoes > Boots'")
     return path
@@ -127,7 +128,8 @@ def read_price(
     value,              # 39, "39.00", "$1,299.00", or nothing
 ) -> float | None:      # None where no price is stated
     "A price; negative ones and other text are refused."
-    if value is None or isinstance(value, str) and clean_word(value) in SILENT: return None
+    if value is None or type(value) is float and 0 <= value < math.inf: return value
+    if isinstance(value, str) and clean_word(value) in SILENT: return None
     price_match = PRICE.fullmatch(value.strip()) if isinstance(value, str) else None
     number = price_match[1].replace(",", "") if price_match else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) and not price_match or not math.isfinite(float(number)):
@@ -149,12 +151,18 @@ def as_object(
     return value or {}
 
 # %% ../../nbs/11_shop.products.ipynb #c027
+@lru_cache(2**14)
+def one_value(text: str) -> tuple[str, ...]:
+    "The one value that a text states; products that state the same share it."
+    return (word,) if (word := clean_word(text)) else ()
+
 def read_values(
     value,                # text, a number, a list of these, or nothing
 ) -> tuple[str, ...]:     # clean, without repeats, in order
     "The stated values of one attribute."
     values = value if isinstance(value, (list, tuple)) else [value]
-    if len(values) == 1 and isinstance(values[0], str): return (word,) if (word := clean_word(values[0])) else ()
+    if len(values) == 1 and isinstance(values[0], str):
+        return one_value(values[0]) if len(values[0]) <= LONGEST_WORD else (new_word(values[0]),)
     values = [item for item in values if item is not None]
     if not all(isinstance(item, (str, int, float)) for item in values):
         raise BookError(f"{clean_text(str(value), 40)!r} is neither text nor a list of texts")
@@ -189,8 +197,8 @@ known_attributes = lru_cache(2**14)(new_attributes)
 def read_name(value) -> str | None:
     "A brand or an id; None where there is none."
     if isinstance(value, list) and len(value) == 1: value = value[0]
-    if value is None: return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if value is None or isinstance(value, str): return clean_text(value, 80) or None if value else None
+    if isinstance(value, bool) or not isinstance(value, int):
         raise BookError("is neither text nor a whole number; put quotes around it")
     return clean_text(str(value), 80) or None
 
@@ -203,15 +211,19 @@ def read_row(
     number: int,   # for the id of a product that has none
 ) -> tuple[Product | None, list[str]]:  # the product, or the problem of each bad field
     "One product from one row (ours)."
-    try: read, problems = {name: reader(row.get(name)) for name, reader in READERS.items()}, []
-    except BookError: problems = problems_of(row)
-    if problems := problems + row.get("problems", []): return None, problems
-    attributes = read["attributes"]
-    brands = [attributes[name][0] for name in ("brand", "brand-name") if name in attributes]
-    if brands: attributes = {name: values for name, values in attributes.items() if name not in ("brand", "brand-name")}
-    brand = clean_word(read["brand"] or "") or (brands[0] if brands else None)
-    return Product(read["id"] or f"row-{number}", read["title"], read["category"], attributes, brand, read["price"],
-                   group=read["group"]), []
+    if "problems" in row: return None, problems_of(row) + row["problems"]
+    get = row.get
+    try:
+        title, category, price = read_title(get("title")), read_category(get("category")), read_price(get("price"))
+        attributes, brand = read_attributes(get("attributes")), read_name(get("brand"))
+        name, group = read_name(get("id")), read_name(get("group"))
+    except BookError: return None, problems_of(row)
+    brand = clean_word(brand) if brand else ""
+    if "brand" in attributes or "brand-name" in attributes:
+        attributes = dict(attributes)
+        brands = attributes.pop("brand", ()) + attributes.pop("brand-name", ())
+        brand = brand or brands[0]
+    return Product(name or f"row-{number}", title, category, attributes, brand or None, price, group=group), []
 
 def problems_of(row: dict) -> list[str]:
     "What is wrong with each field of a row."
@@ -222,12 +234,29 @@ def problems_of(row: dict) -> list[str]:
     return problems
 
 # %% ../../nbs/11_shop.products.ipynb #c036
+class Kept:
+    "Products, each id once. Ids that we gave need no memory, and rows are looked up only once one repeats (ours)."
+    def __init__(self): self.products, self.rows, self.known, self.first = [], array("Q"), set(), {}
+
+    def keep(self, product: Product, number: int) -> int | None:
+        "Keep a product, unless another has its id: then the row of that one."
+        if not self.known and product.id != f"row-{number}": self.known.update(other.id for other in self.products)
+        if product.id in self.known:
+            if not self.first: self.first.update(zip((other.id for other in self.products), self.rows, strict=True))
+            return self.first[product.id]
+        if self.known or product.id != f"row-{number}": self.known.add(product.id)
+        if self.first: self.first[product.id] = number
+        self.products.append(product)
+        self.rows.append(number)
+
+# %% ../../nbs/11_shop.products.ipynb #c036r
 def check_rows(
     rows: Iterable[tuple[int, dict | BookError]],  # row number, and the row or why it can't be read
     allowed: set[tuple[str, ...]] | None = None,   # category paths; None allows all
+    skipped: Counter | None = None,                # counts rows that repeat an id, which are left out; None: they are bad
 ) -> tuple[list[Product], dict[int, list[str]]]:   # valid products, and the problems of each bad row by its number
     "Products and problems of all rows: fields, ids that repeat, categories outside a given list."
-    products, problems_by_row, first_row, known = [], {}, {}, {}
+    kept, problems_by_row, known = Kept(), {}, {}
     for number, row in rows:
         if isinstance(row, BookError): product, problems = None, [str(row)]
         elif not isinstance(row, dict): product, problems = None, ["is not an object; write {\"title\": ...}"]
@@ -235,11 +264,11 @@ def check_rows(
         if product and allowed is not None and product.category not in allowed:
             path = " > ".join(product.category)
             problems.append(f"category '{path}' is an unknown category path; take one of the given list")
-        if product and first_row.setdefault(product.id, number) != number:
-            problems.append(f"id {product.id!r} repeats row {first_row[product.id]}; give every product its own")
+        if not problems and (first := kept.keep(product, number)):
+            if skipped is None: problems.append(f"id {product.id!r} repeats row {first}; give every product its own")
+            else: skipped["repeats of an id"] += 1
         if problems: problems_by_row[number] = known.setdefault(problems[0], problems) if len(problems) == 1 else problems
-        else: products.append(product)
-    return products, problems_by_row
+    return kept.products, problems_by_row
 
 # %% ../../nbs/11_shop.products.ipynb #c038
 def raise_row_errors(
@@ -278,8 +307,8 @@ def read_products(
 ) -> tuple[list[Product], Reading]:
     "The products of a file, and what came of reading it; more bad rows than allowed raise one `BookError`."
     feed = Feed(path, columns, encoding)
-    products, bad = check_rows(feed, allowed)
-    reading = feed.reading
+    rows, reading = iter(feed), feed.reading
+    products, bad = check_rows(rows, allowed, None if reading.mapping.layout == "our own form" else reading.skipped)
     if not reading.rows: raise BookError(f"{path}: is empty; a catalogue has one product a row.")
     if not products and not bad:
         raise BookError(f"{path}: holds no product, but {named_counts(reading.skipped)}{unfilled(reading)}.")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SEPARATORS', 'LONGEST_FAULT', 'WIDE', 'OTHERS', 'is_comment', 'separator_of', 'faulty_cells', 'cells', 'quoting_of',
-           'clean_rows', 'separated', 'plain', 'plain_row', 'parquet_table', 'check_kind', 'one_table', 'folder_table',
-           'read_table']
+           'clean_rows', 'separated', 'plain', 'plain_row', 'parquet_size', 'parquet_table', 'check_kind', 'one_table',
+           'folder_table', 'read_table', 'unpacked_size']
 
 # %% ../../nbs/10_shop.tables.ipynb #c002
 import csv
+import gzip
 import math
 import re
 import zipfile
@@ -20,7 +21,18 @@ from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
 
-from .nested import LONGEST, Table, column_names, encoding_of, json_table, lines, named, open_bytes, xml_table
+from she_nb.shop.nested import (
+    LONGEST,
+    UNPACKED,
+    Table,
+    column_names,
+    encoding_of,
+    json_table,
+    lines,
+    named,
+    open_bytes,
+    xml_table,
+)
 from ..task import BookError
 
 # %% ../../nbs/10_shop.tables.ipynb #c006
@@ -151,6 +163,12 @@ def plain_row(row: dict) -> dict | BookError:
     except UnicodeDecodeError: return BookError("holds bytes that are not UTF-8; write text")
     except (ValueError, ArithmeticError) as error: return BookError(f"holds a value that cannot be read ({str(error)[:80]})")
 
+def parquet_size(path: Path) -> tuple[int, int]:  # rows, and bytes unpacked
+    "How much a Parquet file holds, as it says itself."
+    from pyarrow import parquet
+    said = parquet.read_metadata(path)
+    return said.num_rows, sum(said.row_group(k).total_byte_size for k in range(said.num_row_groups))
+
 def parquet_table(path: Path) -> Table:
     "The rows of a Parquet file."
     import pyarrow
@@ -166,8 +184,10 @@ def parquet_table(path: Path) -> Table:
             if isinstance(error, BookError): raise
             raise BookError(f"is a broken Parquet file ({str(error).splitlines()[0][:80] if str(error) else 'cut off'}); "
                             "write it again.") from None
-    try: columns = parquet.read_schema(path).names
+    try: columns, (count, size), packed = parquet.read_schema(path).names, parquet_size(path), path.stat().st_size
     except faults: raise BookError("is not a Parquet file; write it again.") from None
+    if max(count, size) > max(LONGEST, UNPACKED * packed):
+        raise BookError(f"unpacks to more than {UNPACKED} times its size; write it again in smaller files.")
     return Table(str(path), "Parquet", column_names(columns), rows)
 
 # %% ../../nbs/10_shop.tables.ipynb #c016
@@ -247,3 +267,12 @@ def read_table(
     def rows():
         with named(path, encoding): yield from table
     return table if path.is_dir() else replace(table, rows=rows)
+
+# %% ../../nbs/10_shop.tables.ipynb #c019s
+def unpacked_size(path: Path) -> int:
+    "The bytes of a file as a reader sees them, or of all files of a folder."
+    if path.is_dir(): return sum(map(unpacked_size, filter(Path.is_file, path.rglob("*"))))
+    with open_bytes(path) as file:
+        if (head := file.read(4)) == b"PAR1": return max(4 * parquet_size(path)[1], path.stat().st_size)  # repeats stand once
+        if not isinstance(file, gzip.GzipFile): return path.stat().st_size
+        return len(head) + sum(map(len, iter(lambda: file.read(2**20), b"")))
