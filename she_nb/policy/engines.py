@@ -413,12 +413,12 @@ class ServerRequests(Engine):
 
     def check_temperature(self, ids: list[int]) -> None:
         "Raise `BookError` where log-probabilities do not know the temperature."
-        def likeliest(temperature):
-            answer = self.server.ask(self.payload(ids, Sampling(1, temperature), 0))
-            try: return max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values())
-            except (KeyError, TypeError, IndexError, ValueError): return 0.0
+        def second(temperature):
+            answer = self.server.ask(self.payload(ids, Sampling(1, temperature), 0) | {"logprobs": 2})
+            try: return sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values())[-2:][0]
+            except (KeyError, TypeError, IndexError, AttributeError): return 0.0
 
-        if self.applies_temperature is None: self.applies_temperature = abs(likeliest(1.0) - likeliest(8.0)) > 0.01
+        if self.applies_temperature is None: self.applies_temperature = abs(second(1.0) - second(2.0)) > 0.01
         if not self.applies_temperature:
             raise BookError(f"{self.server.url}: states log-probabilities without the temperature; serve the policy by {SERVE}.")
 

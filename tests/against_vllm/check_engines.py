@@ -108,7 +108,9 @@ class Served:
         self.url, self.log = f"http://127.0.0.1:{port}", folder.parent / f"{mode}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(list(map(str, words)), stdout=log, stderr=log, start_new_session=True)
-        for _ in range(1200):
+
+    def wait(self):
+        for _ in range(1800):
             if self.process.poll() is not None: break
             try: return urlopen(f"{self.url}/health", timeout=5).close()
             except OSError: time.sleep(1)
@@ -123,8 +125,9 @@ class Served:
 
 def test_a_server_that_dies_mid_batch_and_one_that_says_what_transformers_says(folder, ours, prompts, tmp_path):
     kept, plain = tmp_path / "kept.jsonl", Sampling(limit=32, temperature=0.8, seed=5, logps=False)
-    raw = Served(folder, "raw_logprobs")
+    raw, served = (Served(folder, mode) for mode in ("raw_logprobs", "processed_logprobs"))   # both at once: each takes a while
     try:
+        raw.wait()
         far = ServerEngine(raw.url, folder, kept, tries=3, wait=.1, at_once=2)
         with pytest.raises(BookError, match="without the temperature"): far.sampled(prompts, 1, WARM)
         add, count = far.finished.add, []
@@ -135,11 +138,14 @@ def test_a_server_that_dies_mid_batch_and_one_that_says_what_transformers_says(f
 
         far.finished.add = add_and_kill
         with pytest.raises(BookError, match="gives no answer after 3 tries") as error: far.sampled(prompts, 2, plain)
+    except BaseException:
+        served.die()
+        raise
     finally: raw.die()
     note("server", killed_after=10, kept=len(count), error=str(error.value).replace(raw.url, "http://HOST:PORT"))
     assert len(count) >= 10
-    served = Served(folder, "processed_logprobs")
     try:
+        served.wait()
         again = ServerEngine(served.url, folder, kept)
         asked, post = [], again.respond
         again.respond = lambda payload: asked.append(payload) or post(payload)
