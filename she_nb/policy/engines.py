@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LONGEST', 'VLLM_TYPES', 'SERVE', 'TRIES', 'WAIT', 'TIMEOUT', 'AT_ONCE', 'PLAIN', 'Sampling', 'Engine',
            'generate_texts', 'response_logps', 'continuation_logps', 'TransformersEngine', 'vllm_module', 'whole_copy',
-           'served_config', 'sampled_logps', 'VllmEngine', 'Busy', 'address', 'post', 'response_of', 'echoed_logps',
-           'Finished', 'Server', 'ServerRequests', 'ServerEngine', 'is_address', 'check_engine', 'open_engine']
+           'served_config', 'sampled_logps', 'VllmModel', 'VllmEngine', 'Busy', 'address', 'post', 'response_of',
+           'echoed_logps', 'Finished', 'Server', 'ServerRequests', 'ServerEngine', 'is_address', 'check_engine',
+           'open_engine']
 
 # %% ../../nbs/27_policy.engines.ipynb #en27a002
 import hashlib
@@ -202,8 +203,8 @@ def sampled_logps(
     return [float(step[token].logprob) for token, step in zip(ids, steps, strict=True)]
 
 # %% ../../nbs/27_policy.engines.ipynb #en27a023
-class VllmEngine(Engine):
-    "vLLM in this process, with cached prefixes (ours)."
+class VllmModel(Engine):
+    "A model that vLLM holds in this process, with cached prefixes (ours)."
     name = "vllm"
 
     def __init__(
@@ -230,6 +231,9 @@ class VllmEngine(Engine):
         except ValueError as error:
             raise BookError(f"vLLM refuses a prompt ({str(error).splitlines()[0][:160]}); shorten it, or the limit.") from None
 
+# %% ../../nbs/27_policy.engines.ipynb #en27a025
+class VllmEngine(VllmModel):
+    "vLLM answers, in this process (ours)."
     def sampled(self, prompts, group, sampling, places=None):
         places, ends = range(len(prompts)) if places is None else places, list(sampling.stops) or [self.tokenizer.eos_token_id]
         def params(seed):
