@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'REASONS', 'TABLE_METRICS', 'LENIENT', 'FOLLOWS', 'GATES', 'BOOK', 'TARGET_METRICS', 'JUDGE_METRICS',
            'AIM_JUDGE', 'FOLDED', 'AIMS', 'AIM_ROLLOUTS', 'CLAIMS_NOTE', 'percent', 'headline_arm', 'metric_phrase',
-           'claim_sentence', 'claims_sentence', 'imitation_sentence', 'verdict_sentence', 'interval_note',
-           'metrics_table', 'wishes_table', 'sampled_table', 'gates_sentence', 'study_table', 'study_block',
-           'studies_block', 'compare_rollouts', 'target_sentence', 'judge_tests', 'policy_name', 'judge_table',
-           'judge_details', 'judge_sentence', 'judge_cost', 'judge_block', 'aims_table', 'tuning_table', 'claims_table',
-           'claims_block', 'curve_notes']
+           'claim_sentence', 'claims_sentence', 'verdict_sentence', 'interval_note', 'metrics_table', 'wishes_table',
+           'sampled_table', 'gates_sentence', 'study_table', 'study_block', 'studies_block', 'compare_rollouts',
+           'target_sentence', 'judge_tests', 'policy_name', 'judge_table', 'judge_details', 'judge_sentence',
+           'judge_cost', 'judge_block', 'aims_table', 'tuning_table', 'claims_table', 'claims_block', 'curve_notes']
 
 # %% ../../nbs/56_evidence.tables.ipynb #29f3302c
 import re
@@ -110,15 +109,6 @@ def claims_sentence(
     single_note = f" {single_seed} more ran with one seed, which decides nothing." if single_seed else ""
     return f"Of {len(several)} comparisons over up to {several['seeds'].max()} seeds: {counts}.{family_note}{single_note}"
 
-# %% ../../nbs/56_evidence.tables.ipynb #imit01
-def imitation_sentence(
-    table: pd.DataFrame,  # a summary, with the arm sft_true
-) -> str:                 # one sentence
-    "What the true chains that the judge was taught with are worth when they are imitated: the rival that needs no reward (ours)."
-    reached = (_reached(table, ["sft_true"], f"balanced/{metric}", name)
-               for metric, name in (("macro_f1", "macro F1"), ("all_steps", "of pairs with all five steps right")))
-    return f"Whoever imitates the true chains that the judge was taught with reaches {' and '.join(reached)}."
-
 # %% ../../nbs/56_evidence.tables.ipynb #7929ab7d
 def verdict_sentence(
     table: pd.DataFrame,   # a summary
@@ -129,13 +119,15 @@ def verdict_sentence(
     evaluated = set(table["arm"])
     first = headline_arm(table) or next((arm for arm in reversed(MAIN) if arm in evaluated), arm_order(evaluated)[-1])
     arms = [first, *(arm for arm in ("grpo", "sft") if arm in evaluated and arm != first)]
-    reached = (_reached(table, arms, "balanced/macro_f1", "macro F1"),
-               _reached(table, arms, "balanced/all_steps", "of pairs with all five steps right"))
+    metrics = ("balanced/macro_f1", "macro F1"), ("balanced/all_steps", "of pairs with all five steps right")
+    reached = [_reached(table, arms, *metric) for metric in metrics]
     rival = tested[(tested["arms"] == f"{first},grpo") & (tested["seeds"] > 1)]
     compared = claim_sentence(rival) if len(rival) else ""
+    imitated = [f"Imitating the true chains that the judge was taught with reaches {_reached(table, ['sft_true'], *metrics[0])} "
+                f"and {_reached(table, ['sft_true'], *metrics[1])}."] if "sft_true" in evaluated else []
     return " ".join([f"On the balanced test, **{arm_style(first)[0]}** reaches {reached[0]} and {reached[1]}.",
                      *([f"Against GRPO: {compared[0].lower()}{compared[1:]}"] if compared else []),
-                     *([imitation_sentence(table)] if "sft_true" in evaluated else []), claims_sentence(tested)])
+                     *imitated, claims_sentence(tested)])
 
 # %% ../../nbs/56_evidence.tables.ipynb #cb2a352d
 def interval_note(
