@@ -193,6 +193,7 @@ def with_routes(
     routes = sequence_routes(calls, indices, lengths)
     return [replace(response, routes=each) for response, each in zip(responses, routes, strict=True)]
 
+# %% ../../nbs/28_policy.experts.ipynb #c016p
 def padded_routes(
     routes: list[Tensor],   # of each response, from `with_routes`
     prompt_mask: Tensor,    # (responses, prompt positions), padded on the left
