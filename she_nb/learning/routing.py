@@ -165,6 +165,7 @@ def rollout_with_routes(
     routes = padded_routes([each.routes for each in sampled], marks[0], marks[1].shape[1])
     return ids, torch.cat(marks, 1), right([each.logps for each in sampled]), routes
 
+# %% ../../nbs/44_learning.routing.ipynb #c013t
 def drift_table(
     policy: PreTrainedModel,   # a mixture of experts, in fp32
     tokenizer: PreTrainedTokenizerBase,
