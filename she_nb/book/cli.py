@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 
 from .clusters import Cluster, add_cluster, asked_words, check_cluster, cluster_failure, cluster_of, withdraw
 from .graph import Book, Run, catalog_stem, delete_marks, has_record, open_book, pending, plan, prune, write_book
-from .kernels import SOCKET, warm
+from .kernels import SOCKET, call_or_run, warm
 from .plans import add_plan
 from .records import digest, parameters_of, read_record
 from .settings import SETTING_TYPES, presets, settings_table
@@ -153,8 +153,8 @@ class Progress:
 
     def draw_results(self) -> None:
         "Draw the results so far; an error here does not stop the book."
-        from she_nb.evidence.page import draft_report
-        try: page = draft_report(self.book.report.parent, self.waiting, self.total)
+        given = str(self.book.report.parent), list(self.waiting), self.total
+        try: page = call_or_run("she_nb.evidence.page", "draft_report", *given)
         except Exception as error: return self.print_line(f"no page yet: {error}")
         if page: self.print_line(f"the results so far: {page}")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOCKET', 'EARLY', 'IMPORTS', 'READ_EARLY', 'SET_BY_IMPORTS', 'import_environment', 'WaitingKernel', 'warm', 'NotWarm',
-           'call']
+           'call', 'call_or_run']
 
 # %% ../../nbs/73_book.kernels.ipynb #5e2617e5
 import ctypes
@@ -135,7 +135,7 @@ def _handle_request(link, environment):
     local_provisioner.launch_kernel = kernel.launch
     try: reply = {"result": getattr(import_module(request["module"]), request["function"])(*request["arguments"])}
     except Exception as error: reply = {"error": [type(error).__module__, type(error).__name__, str(error)]}
-    print(json.dumps(reply), file=file, flush=True)
+    print(json.dumps(reply, default=str), file=file, flush=True)
 
 # %% ../../nbs/73_book.kernels.ipynb #c14f0754
 def _serve(listening, parent):
@@ -210,7 +210,7 @@ class NotWarm(Exception):
 
 def call(
     module: str,    # e.g. "she_nb.book.stages"
-    function: str,  # of it, with arguments and result that JSON can hold
+    function: str,  # of it, with arguments and result that JSON can hold; a path comes back as text
     *arguments,
 ):
     "Run a function in a fork of the warm process; its exceptions are raised here, NotWarm without such a process (ours)."
@@ -230,9 +230,36 @@ def call(
     if module.startswith("she_nb."): raise getattr(import_module(module), name)(text)
     raise RuntimeError(f"{name}: {text}".removeprefix(": "))
 
+def call_or_run(module: str, function: str, *arguments):
+    "As `call`; without a warm process the function runs here (ours)."
+    try: return call(module, function, *arguments)
+    except NotWarm: return getattr(import_module(module), function)(*arguments)
+
+# %% ../../nbs/73_book.kernels.ipynb #9d31c2aa
+def _wait_for_kernel(*words):
+    "In a fork: run its kernel to the end."
+    from jupyter_client.provisioning import local_provisioner
+    return local_provisioner.launch_kernel([sys.executable, "-m", "ipykernel_launcher", *words], cwd=os.getcwd()).wait()
+
+
+def _run_kernel(*words):
+    "Be a kernel: wait for a fork that is one, or become one."
+    try: sys.exit(call("she_nb.book.kernels", "_wait_for_kernel", *words))
+    except NotWarm: os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *words])
+
+
+def _lend_kernels(folder):
+    "Tell Jupyter in this folder that a kernel of Python is `_run_kernel`; returns the environment of who should know."
+    command = ["python", "-m", "she_nb.book.kernels", "kernel", "-f", "{connection_file}"]
+    os.makedirs(f"{folder}/kernels/python3")
+    with open(f"{folder}/kernels/python3/kernel.json", "w") as file:
+        json.dump({"argv": command, "display_name": "Python 3", "language": "python"}, file)
+    return os.environ | {"JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))}
+
 # %% ../../nbs/73_book.kernels.ipynb #bacddae1
 if (__name__, __package__) == ("__main__", "she_nb.book"):
     if sys.argv[1] == "run":
-        with warm(): sys.exit(subprocess.call(sys.argv[2:]))
+        with warm(): sys.exit(subprocess.call(sys.argv[2:], env=_lend_kernels(os.path.dirname(os.environ[SOCKET]))))
+    if sys.argv[1] == "kernel": _run_kernel(*sys.argv[2:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))

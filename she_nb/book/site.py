@@ -27,7 +27,7 @@ from fastcore.docments import docments
 from nbformat.v4 import new_markdown_cell
 
 from .house import EXPORT, chapter_modules, house_figure, imports_of, module_lines
-from .kernels import NotWarm, call
+from .kernels import call_or_run
 from .stages import declared
 from ..evidence.blocks import escape, table_block
 from ..evidence.evaluate import comparisons_sentence, effects, pick, read_records
@@ -97,8 +97,7 @@ def run(
     seconds: int = 1200,    # for a cell at most
 ) -> None:
     "Run a notebook in a kernel of its own, from a warm process where there is one; what fails leaves it as it was."
-    try: call("she_nb.book.site", "_run", str(path), seconds)
-    except NotWarm: _run(path, seconds)
+    call_or_run("she_nb.book.site", "_run", str(path), seconds)
 
 # %% ../../nbs/78_book.site.ipynb #2a09371d
 def reference_entry(

@@ -15,7 +15,7 @@ from ast import Assign, Tuple, literal_eval, parse
 from contextlib import contextmanager
 from pathlib import Path
 
-from .kernels import NotWarm, call
+from .kernels import call_or_run
 from .records import digest
 from .settings import TYPE_NAMES
 from ..task import BookError, root
@@ -122,8 +122,7 @@ def run_stage(
     notebook, output = stage_notebook(stage), Path(output)
     arguments = check_arguments(stage, declared(notebook), arguments)
     job = stage, str(notebook), arguments, str(output), str(log or output.with_suffix(".log")), threads
-    try: call("she_nb.book.stages", "_execute", *job)
-    except NotWarm: _execute(*job)
+    try: call_or_run("she_nb.book.stages", "_execute", *job)
     except RuntimeError as error:
         if isinstance(error, StageError): raise
         raise StageError(f"Stage {stage} ended early: {error} (see {job[4]}).") from None
