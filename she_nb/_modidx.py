@@ -76,7 +76,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'she_nb.book.cli.outputs_command': ('book.cli.html#outputs_command', 'she_nb/book/cli.py'),
                                  'she_nb.book.cli.pairs_command': ('book.cli.html#pairs_command', 'she_nb/book/cli.py'),
                                  'she_nb.book.cli.parser': ('book.cli.html#parser', 'she_nb/book/cli.py'),
-                                 'she_nb.book.cli.render': ('book.cli.html#render', 'she_nb/book/cli.py'),
                                  'she_nb.book.cli.run_book': ('book.cli.html#run_book', 'she_nb/book/cli.py'),
                                  'she_nb.book.cli.run_command': ('book.cli.html#run_command', 'she_nb/book/cli.py'),
                                  'she_nb.book.cli.settings_command': ('book.cli.html#settings_command', 'she_nb/book/cli.py'),

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from she_nb.book.examples import write_stages
+from she_nb.book.kernels import SOCKET
 
 ROOT = Path(__file__).resolve().parent.parent
 
 class Desk:
-    "A folder with its own work/ and reports/, in which the command runs."
+    "A folder with its own work/ and reports/, in which the command runs; `start` runs what is to be killed, and shares nothing."
+    shared = {name: os.environ[name] for name in [SOCKET] if name in os.environ}   # the warm process of the tests
+
     def __init__(self, folder, stages=None):
         self.folder, self.work, self.reports = folder, folder / "work", folder / "reports"
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -23,7 +26,7 @@ class Desk:
     def words(self, *words): return [sys.executable, "-m", "she_nb.book.cli", *map(str, words)]
 
     def run(self, *words):
-        return subprocess.run(self.words(*words), cwd=self.folder, env=self.env, capture_output=True, text=True)
+        return subprocess.run(self.words(*words), cwd=self.folder, env=self.env | self.shared, capture_output=True, text=True)
 
     def start(self, *words):
         return subprocess.Popen(self.words(*words), cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL,

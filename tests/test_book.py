@@ -23,6 +23,8 @@ AGAIN = ("train-grpo-s0", "evaluate-sft-s0", "evaluate-dpo-s0", "evaluate-grpo-s
 
 class Clone(Desk):
     "A desk that is a clone, with the library that it holds."
+    shared = {}   # what the tests keep warm is another book's
+
     def __init__(self, folder):
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         changed = subprocess.run(["git", "diff", "--binary", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout

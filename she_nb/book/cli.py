@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABEL_OPTIONS', 'kill_children', 'watch_parent', 'locked', 'check_space', 'check_book', 'snakemake', 'Progress',
-           'run_book', 'render', 'run_command', 'list_runs', 'settings_command', 'labels_command', 'add_labels',
-           'stage_command', 'check_record', 'outputs_command', 'site_command', 'pairs_command', 'add_pairs',
-           'add_reading', 'catalog_command', 'add_catalog', 'add_pages', 'Parser', 'parser', 'main']
+           'run_book', 'run_command', 'list_runs', 'settings_command', 'labels_command', 'add_labels', 'stage_command',
+           'check_record', 'outputs_command', 'site_command', 'pairs_command', 'add_pairs', 'add_reading',
+           'catalog_command', 'add_catalog', 'add_pages', 'Parser', 'parser', 'main']
 
 # %% ../../nbs/80_book.cli.ipynb #a4591afe
 import argparse
@@ -208,15 +208,6 @@ def run_book(
     if progress.live: print("\r\033[K", end="")
     if process.returncode or progress.waiting: raise _first_error(book, todo)
 
-# %% ../../nbs/80_book.cli.ipynb #deeee83d
-def render(
-    notebook: str | Path,  # executed report notebook
-    reports: str | Path,  # reports/<name>
-) -> None:
-    "Turn the executed report into report.html and report.md (ours)."
-    from she_nb.evidence.page import render_report
-    render_report(Path(notebook), Path(reports))
-
 # %% ../../nbs/80_book.cli.ipynb #79ca4ca4
 def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, force, work, reports, p, studies
     "`she-nb book` and `she-nb ablations` (ours)."
@@ -306,7 +297,8 @@ def stage_command(args) -> None:  # args: stage, params_file, output, log, p
     try:
         run_stage(args.stage, arguments, output, log, file_arguments["threads"])
         check_record(args.stage, arguments)
-        if args.stage == "report" and arguments.get("reports"): render(output, arguments["reports"])
+        if args.stage == "report" and arguments.get("reports"):
+            call_or_run("she_nb.evidence.page", "render_report", str(output), arguments["reports"])
     except Exception as error:
         error_name = "BookError" if isinstance(error, BookError) else "StageError"
         text = str(error) if isinstance(error, (BookError, StageError)) else f"{type(error).__name__}: {error}."
