@@ -6,9 +6,9 @@
 __all__ = ['UNSPACED', 'WORD', 'APOSTROPHE', 'phrase', 'SAYS_NOTHING', 'GLUE', 'LIST_MARK', 'LETTER', 'BEFORE', 'AFTER', 'DENIAL',
            'IDENTIFIERS', 'CODE', 'YES', 'NO', 'SAME_WORD', 'DIMENSIONS', 'ENDING', 'INCLUSIVE', 'stem', 'SYSTEMS',
            'DENIALS', 'OPEN_NAMES', 'VAGUE', 'folded', 'padded_words', 'spelling_key', 'list_parts', 'known_parts',
-           'column_meanings', 'is_short', 'sure_words', 'says', 'without_phrases', 'names_products', 'wishable',
-           'askable', 'stem_of', 'stems', 'parts_of_measure', 'excludes', 'grams', 'spoken_values', 'says_another',
-           'open_attributes', 'says_most', 'same_dimension', 'doubtful', 'misstated', 'mentions']
+           'one_spelling', 'column_meanings', 'is_short', 'sure_words', 'says', 'without_phrases', 'names_products',
+           'wishable', 'askable', 'stem_of', 'stems', 'parts_of_measure', 'excludes', 'grams', 'spoken_values',
+           'says_another', 'open_attributes', 'says_most', 'same_dimension', 'doubtful', 'misstated', 'mentions']
 
 # %% ../../nbs/10_shop.attributes.ipynb #a002
 import re
@@ -36,7 +36,7 @@ def padded_words(
     "The words of a text, single blanks between and around them, for phrase search."
     return " ".join(["", *WORD.findall(APOSTROPHE.sub("", folded(text))), ""])
 
-phrase = lru_cache(200_000)(padded_words)  # of values, which recur
+phrase = lru_cache(2**14)(padded_words)  # of values, which recur
 
 # %% ../../nbs/10_shop.attributes.ipynb #a009
 SAYS_NOTHING = frozenset((
@@ -67,12 +67,24 @@ def list_parts(
 def known_parts(
     values: Iterable[str],  # of one attribute
 ) -> set[str]:              # spelling keys
-    "Parts that occur alone, or in two lists of other words."
+    "Parts of lists that occur alone, or in two lists of other words."
     lists = {tuple(sorted(map(spelling_key, parts))) for value in values if (parts := list_parts(value))}
-    twice = {part for part, count in Counter(part for parts in lists for part in parts).items() if count > 1}
-    return twice | {spelling_key(value) for value in values if not LIST_MARK.search(value)}
+    counts = Counter(part for parts in lists for part in parts)
+    alone = {part for value in values if counts and not LIST_MARK.search(value) and (part := spelling_key(value)) in counts}
+    return alone | {part for part, count in counts.items() if count > 1}
 
 # %% ../../nbs/10_shop.attributes.ipynb #a016
+def one_spelling(
+    counts: Counter,   # value -> products
+) -> dict[str, str]:   # spelling key -> the most frequent of its spellings, where there are several
+    "Spellings made one."
+    first, several = {}, {}
+    for value in counts:
+        word = spelling_key(value)
+        known = first.setdefault(value if word == value else word, value)
+        if known != value: several.setdefault(word, [known]).append(value)
+    return {word: max(forms, key=lambda form: (counts[form], form)) for word, forms in several.items()}
+
 def column_meanings(
     counts: Counter,       # value -> products, of one attribute
     lists: bool = True,    # whether a value may be a list; brands are none
@@ -83,13 +95,14 @@ def column_meanings(
         parts = list_parts(value) if lists else ()
         listed = "|" in value or 2 * sum(spelling_key(part) in known for part in parts) >= len(parts)
         return parts if parts and listed else (value,) if value not in SAYS_NOTHING else ()
-    meanings = {value: cut(value) for value in counts}
-    spellings = {}
-    for value, parts in meanings.items():
-        for part in parts: spellings.setdefault(spelling_key(part), Counter())[part] += counts[value]
-    chosen = {key: max(forms, key=lambda form: (forms[form], form)) for key, forms in spellings.items() if len(forms) > 1}
-    if chosen:
-        for value, parts in meanings.items(): meanings[value] = tuple(chosen.get(spelling_key(part), part) for part in parts)
+    meanings = {value: parts for value in counts if (parts := cut(value)) != (value,)}
+    parts = Counter() if meanings else counts
+    for value in counts if meanings else ():
+        for part in meanings.get(value, (value,)): parts[part] += counts[value]
+    chosen = one_spelling(parts)
+    for value in counts if chosen else ():
+        stated = tuple(chosen.get(spelling_key(part), part) for part in meanings.get(value, (value,)))
+        if value in meanings or stated != (value,): meanings[value] = stated
     return {value: tuple(dict.fromkeys(parts)) for value, parts in meanings.items() if parts != (value,)}
 
 # %% ../../nbs/10_shop.attributes.ipynb #a019
@@ -200,7 +213,7 @@ ENDING = re.compile(r"([^\W\d_])\1ing$|(?<=[^\W\d_]{3})ing$|s$")  # running, ski
 INCLUSIVE = frozenset(("unisex", "all", "any", "multi", "multicolor", "multicolour", "assorted", "universal", "various",
                        "adjustable", "mixed"))
 
-@lru_cache(100_000)
+@lru_cache(2**14)
 def stem_of(word: str) -> str:
     "A word without plural and -ing; of one meaning, one word (ours)."
     word = ENDING.sub(r"\1", word) if len(word) > 3 else word
@@ -212,7 +225,7 @@ def stems(
     "The stems of a text's words, for finding what two texts may share."
     return " ".join(["", *map(stem_of, padded_words(text).split()), ""])
 
-stem = lru_cache(200_000)(stems)  # of values
+stem = lru_cache(2**14)(stems)  # of values
 
 # %% ../../nbs/10_shop.attributes.ipynb #a035
 SYSTEMS = frozenset(("eu", "uk", "us", "fr", "it", "jp", "cn"))  # of sizes

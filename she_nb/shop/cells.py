@@ -261,7 +261,7 @@ MONEY = re.compile(r"(?P<before>[^\d\s.,'-]{0,4}\.?)\s*(?P<minus>[-−])?\s*(?P<
                    r"(?P<number>\d+(?:[.,'’ \u00a0\u202f]\d+)*)(?:[.,][-–—]+)?\s*(?P<after>[^\d\s.,'-]{0,4}\.?)")
 
 # %% ../../nbs/10_shop.cells.ipynb #c030
-@lru_cache(maxsize=2**14)
+@lru_cache(maxsize=2**12)
 def money(text: str) -> tuple[str, str] | None:  # currency or "", and the number with its sign and marks; None for other text
     "A price in its parts."
     if len(text) > 60 or not (found := MONEY.fullmatch(text.strip())): return None
@@ -272,7 +272,7 @@ def money(text: str) -> tuple[str, str] | None:  # currency or "", and the numbe
     return signs[0] if signs else "", ("-" if found["minus"] else "") + number
 
 # %% ../../nbs/10_shop.cells.ipynb #c032
-@lru_cache(maxsize=2**14)
+@lru_cache(maxsize=2**12)
 def decimal_shown(number: str) -> str:  # "." or ","; "" where it shows none; "?" where it could be either
     "Which decimal mark a number shows."
     number = number.lstrip("-")
@@ -286,7 +286,7 @@ def decimal_shown(number: str) -> str:  # "." or ","; "" where it shows none; "?
 NUMBERS = {".": re.compile(r"-?(\d+|\d{1,3}(,\d{2,3})*,\d{3})(\.\d+)?"),
            ",": re.compile(r"-?(\d+|\d{1,3}(\.\d{2,3})*\.\d{3})(,\d+)?")}  # by decimal mark
 
-@lru_cache(maxsize=2**14)
+@lru_cache(maxsize=2**12)
 def amount(
     number: str,       # from `money`
     decimal: str,      # "." or ","
@@ -304,7 +304,7 @@ class PriceForm:
 
     def see(self, text: str) -> None:
         if text in self.seen: return
-        if len(self.seen) < 20_000 and len(text) < 60: self.seen.add(text)
+        if len(self.seen) < 5_000 and len(text) < 60: self.seen.add(text)
         if not (parts := money(text)): return
         if parts[0]: self.currencies[parts[0]] += 1
         if len(self.marks) > 1: return

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BREAKS', 'ELEMENTS', 'HTML_TAG', 'PLAIN', 'SILENT', 'CHAIN_MARKS', 'LONGEST_WORD', 'known_word', 'PRICE',
-           'MOST_SHARED', 'known_attributes', 'READERS', 'Product', 'clean_text', 'lower_case', 'clean_word',
+           'MOST_SHARED', 'known_attributes', 'READERS', 'NEW', 'Product', 'clean_text', 'lower_case', 'clean_word',
            'new_word', 'one_word', 'read_title', 'clean_path', 'read_category', 'read_price', 'as_object', 'one_value',
            'read_values', 'read_attributes', 'new_attributes', 'read_name', 'read_row', 'problems_of', 'Kept',
            'check_rows', 'raise_row_errors', 'unfilled', 'read_products', 'write_bad']
@@ -27,7 +27,7 @@ from itertools import chain
 from pathlib import Path
 
 from .columns import Mapping
-from .feeds import Feed, Reading, named_counts
+from .feeds import Budget, Feed, Reading, named_counts
 from ..task import BookError, atomic_write
 
 # %% ../../nbs/11_shop.products.ipynb #c006
@@ -191,7 +191,7 @@ def new_attributes(pairs: Iterable) -> dict[str, tuple[str, ...]]:
         if name and values: attributes[name] = tuple(dict.fromkeys(attributes[name] + values)) if name in attributes else values
     return attributes
 
-known_attributes = lru_cache(2**14)(new_attributes)
+known_attributes = lru_cache(2**12)(new_attributes)
 
 # %% ../../nbs/11_shop.products.ipynb #c031
 def read_name(value) -> str | None:
@@ -234,9 +234,13 @@ def problems_of(row: dict) -> list[str]:
     return problems
 
 # %% ../../nbs/11_shop.products.ipynb #c036
+NEW = {known_word: 150, one_value: 150, clean_path: 100, known_attributes: 300}  # reader of what products share -> bytes of a
+                                                                                # new one, as in a catalogue (measured)
 class Kept:
     "Products, each id once. Ids that we gave need no memory, and rows are looked up only once one repeats (ours)."
-    def __init__(self): self.products, self.rows, self.known, self.first = [], array("Q"), set(), {}
+    def __init__(self):
+        self.products, self.rows, self.known, self.first, self.wide = [], array("Q"), set(), {}, 0
+        self.before = self.made()
 
     def keep(self, product: Product, number: int) -> int | None:
         "Keep a product, unless another has its id: then the row of that one."
@@ -246,18 +250,29 @@ class Kept:
             return self.first[product.id]
         if self.known or product.id != f"row-{number}": self.known.add(product.id)
         if self.first: self.first[product.id] = number
+        if len(product.attributes) > MOST_SHARED: self.wide += 100 + 24 * len(product.attributes)
+        if product.price is not None or not product.title.islower(): self.wide += 100   # its text is another than its title
         self.products.append(product)
         self.rows.append(number)
+
+    def made(self) -> int:
+        "The bytes of all words, values, paths and attributes that were ever made."
+        return sum(size * reader.cache_info().misses for reader, size in NEW.items())
+
+    def weight(self) -> int:
+        "The bytes that the products need in a catalogue, about (measured)."
+        return 320 * len(self.products) + 60 * len(self.known) + 150 * len(self.first) + self.wide + self.made() - self.before
 
 # %% ../../nbs/11_shop.products.ipynb #c036r
 def check_rows(
     rows: Iterable[tuple[int, dict | BookError]],  # row number, and the row or why it can't be read
     allowed: set[tuple[str, ...]] | None = None,   # category paths; None allows all
     skipped: Counter | None = None,                # counts rows that repeat an id, which are left out; None: they are bad
+    budget: Budget | None = None,                  # of memory; None allows any
 ) -> tuple[list[Product], dict[int, list[str]]]:   # valid products, and the problems of each bad row by its number
     "Products and problems of all rows: fields, ids that repeat, categories outside a given list."
     kept, problems_by_row, known = Kept(), {}, {}
-    for number, row in rows:
+    for count, (number, row) in enumerate(rows, 1):
         if isinstance(row, BookError): product, problems = None, [str(row)]
         elif not isinstance(row, dict): product, problems = None, ["is not an object; write {\"title\": ...}"]
         else: product, problems = read_row(row, number)
@@ -268,6 +283,7 @@ def check_rows(
             if skipped is None: problems.append(f"id {product.id!r} repeats row {first}; give every product its own")
             else: skipped["repeats of an id"] += 1
         if problems: problems_by_row[number] = known.setdefault(problems[0], problems) if len(problems) == 1 else problems
+        if budget and not count % 1000: budget.check(kept.weight() + 100 * len(problems_by_row) + 400 * len(known))
     return kept.products, problems_by_row
 
 # %% ../../nbs/11_shop.products.ipynb #c038
@@ -308,7 +324,7 @@ def read_products(
     "The products of a file, and what came of reading it; more bad rows than allowed raise one `BookError`."
     feed = Feed(path, columns, encoding)
     rows, reading = iter(feed), feed.reading
-    products, bad = check_rows(rows, allowed, None if reading.mapping.layout == "our own form" else reading.skipped)
+    products, bad = check_rows(rows, allowed, None if reading.mapping.layout == "our own form" else reading.skipped, feed.budget)
     if not reading.rows: raise BookError(f"{path}: is empty; a catalogue has one product a row.")
     if not products and not bad:
         raise BookError(f"{path}: holds no product, but {named_counts(reading.skipped)}{unfilled(reading)}.")
