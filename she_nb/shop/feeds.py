@@ -160,7 +160,7 @@ class Budget:
 # %% ../../nbs/11_shop.feeds.ipynb #c013
 RULED = {"parents": ("type", "sku", "parent", "id"), "views": ("storeviewcode", "configurablevariations"),
          "families": ("fieldtype", "surcharge")}  # read by rules about rows
-KEPT_ROW, KEPT_NAME = 600, 200  # bytes of a parent's row in memory, at most as many for the names of two children (measured)
+KEPT_ROW, KEPT_NAME = 660, 200  # bytes of a parent's row in memory, at most as many for the names of two children (measured)
 
 def survey(feed: Feed) -> None:
     "See all rows once: the forms of categories and prices, ids that Excel shortened, parents, names of fields."
