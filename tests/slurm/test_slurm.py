@@ -46,15 +46,26 @@ def profile(folder):
     return atomic_write(folder / "profile/config.yaml", yaml.safe_dump(written)).parent
 
 
-def begin(desk, *words):
-    return subprocess.Popen(desk.words(*BOOK, *words), cwd=ROOT, env=desk.env, text=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE)
+@pytest.fixture
+def begin(cluster):
+    "Starts the book; what still runs at the end of a test is ended."
+    processes = []
+    def start(desk, *words):
+        processes.append(subprocess.Popen(desk.words(*BOOK, *words), cwd=ROOT, env=desk.env, text=True,
+                                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        return processes[-1]
+    yield start
+    for process in processes: process.terminate()
+    for process in processes: process.wait()
 
 
-def wait_for(line, path, process, seconds=3600):
+def wait_for(line, paths, process, seconds=3600):
+    "The first file that has a line."
     until = time.monotonic() + seconds
-    while not path.exists() or line not in path.read_text(errors="replace"):
-        assert process.poll() is None and time.monotonic() < until, f"{path} never said: {line}"
+    while True:
+        for path in paths:
+            if path.exists() and line in path.read_text(errors="replace"): return path
+        assert process.poll() is None and time.monotonic() < until, f"{paths} never said: {line}"
         time.sleep(.5)
 
 
@@ -112,17 +123,19 @@ def assert_it_learnt(found):
         assert len(moved) >= 6 and len({*moved}) == len(moved), (arm, curve)
 
 
-def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster):
+def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster, begin):
     folder, began = Path(FOLDER), time.time()
     for name in ("here", "there"): shutil.rmtree(folder / name, ignore_errors=True)
     here, there = Desk(folder / "here"), Desk(folder / "there")
+    local = begin(here)   # meanwhile
     words = "--executor", "slurm", "--profile", profile(folder)
-    logs = {arm: there.work / f"book/logs/train-{arm}-s0.log" for arm in ARMS}
-    harms, process = [], begin(there, *words)
-    for arm, harm in zip(ARMS, ("job cancelled", "node killed"), strict=True):
-        wait_for("step 5 of 12", logs[arm], process)
-        (job, (rule, node)), = [item for item in cluster.jobs().items() if item[1][0] == f"train_{arm}_s0"]
-        if arm == "grpo": said("scancel", job)
+    logs = [there.work / f"book/logs/train-{arm}-s0.log" for arm in ARMS]
+    left, harms, process = [*logs], [], begin(there, *words)
+    for harm in ("job cancelled", "node killed"):   # whichever training comes so far first
+        log = wait_for("step 5 of 12", left, process)
+        left.remove(log)
+        (job, (rule, node)), = [item for item in cluster.jobs().items() if item[1][0] == log.stem.replace("-", "_")]
+        if left: said("scancel", job)
         else: cluster.kill_node(node)
         harms.append({"harm": harm, "job": int(job), "rule": rule, "node": node})
     sentence = process.communicate()[1].strip()
@@ -134,9 +147,9 @@ def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster):
     sentence = process.communicate()[1].strip()
     attempts.append({"harms": [], "code": process.returncode, "said": sentence})
     assert process.returncode == 0, sentence
-    for log in logs.values(): assert "continuing from checkpoint-" in log.read_text()
-    whole = here.run(*BOOK)
-    assert whole.returncode == 0, whole.stderr
+    for log in logs: assert "continuing from checkpoint-" in log.read_text()
+    sentence = local.communicate()[1].strip()
+    assert local.returncode == 0, sentence
     one, other = records(here), records(there)
     different = differences(one, other)
     compared = {"records": len(one), "metrics": sum(len(each["metrics"]) for each in one.values()),
@@ -152,7 +165,7 @@ def test_a_cancelled_job_and_a_dead_node_change_nothing(cluster):
     assert {row["nodes"] for row in record["jobs"]} == {"n1", "n2"}
 
 
-def test_two_machines_share_the_ranks_of_a_training(cluster):
+def test_two_machines_share_the_ranks_of_a_training(cluster, begin):
     """SRPO again, from the first step, in two ranks that meet by gloo: rounding apart, what one rank learnt. Then the command is
     ended, and what it had submitted is withdrawn."""
     for node, state in cluster.states().items():
@@ -161,7 +174,7 @@ def test_two_machines_share_the_ranks_of_a_training(cluster):
     for folder in (desk.work / "book" / key, desk.reports / "book/runs" / key): shutil.rmtree(folder, ignore_errors=True)
     words = "--executor", "slurm", "--profile", profile(Path(FOLDER)), "--nodes", "2", "-p", "ranks", "2"
     began, process = time.time(), begin(desk, *words)
-    wait_for("versions", desk.reports / "book/runs" / key / "run.json", process)
+    wait_for("versions", [desk.reports / "book/runs" / key / "run.json"], process)
     while not any(rule == "evaluate_srpo_s0" for rule, _ in cluster.jobs().values()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(1)
