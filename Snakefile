@@ -20,7 +20,7 @@ elif watch == "driver":   # the jobs of a cluster run on other machines, and wat
 book = read_book(config.get("book", ""))
 todo = pending(book, plan(book))
 shared = local if workflow.storage_settings.default_storage_provider else str   # pods see the book's folder, on a volume
-named = workflow.resource_settings._parsed_overwrite_resources   # set-resources, of a run's rule or of a stage: all its runs
+named = workflow.resource_settings.overwrite_resources   # set-resources, of a run's rule or of a stage: all its runs
 # the longest path first: what reinforcement learning begins with, then the book's own arms, of which the last takes longest
 first = {"data": 310, ("sft", "sft"): 305, ("judge", "all"): 300, "dpo": 280, "ask": 270, "select": 260, "tune": 220,
          "evaluate": 200, "judge_test": 170, "train": 100, "judge": -50}

@@ -117,7 +117,10 @@ class Cluster:
     def whole(self, run: Run) -> dict:
         "All that the job of a run asks for, by Snakemake's names."
         first, named = self.profile.get("default-resources") or {}, self.profile.get("set-resources") or {}
-        return first | resources(run, self.asked) | named.get(run.stage, {}) | named.get(rule_name(run), {})
+        asked = resources(run, self.asked)
+        whole = first | asked | named.get(run.stage, {}) | named.get(rule_name(run), {})
+        if whole.get("nodes", 1) == asked.get("nodes", 1): return whole
+        raise BookError(f"{self.file} gives {run.key} nodes = {whole['nodes']}; give --nodes instead, which spreads the ranks.")
 
     def words(self) -> list[str]:
         "Of the command line of Snakemake."

@@ -68,6 +68,7 @@ class Loopback:
 
     def __enter__(self):
         os.environ["PATH"] += ":/usr/sbin"
+        self.end()   # what a killed test left
         for name in ("run", "log", "state", "spool/n1", "spool/n2"): (self.base / name).mkdir(parents=True, exist_ok=True)
         self.base.chmod(0o755)
         memory = psutil.virtual_memory().total // 2**20 // 2 - 1000
@@ -87,11 +88,21 @@ class Loopback:
         return self
 
     def __exit__(self, *_):
+        until = time.monotonic() + 60
         for job in self.jobs(): subprocess.run(["scancel", job])
-        for name in ("slurmd.n1", "slurmd.n2", "slurmctld", "munged"):
-            try: os.kill(int((self.base / f"run/{name}.pid").read_text()), signal.SIGKILL)
-            except (OSError, ValueError): continue
+        while self.jobs() and time.monotonic() < until: time.sleep(1)
+        self.end()
         CONFIG.unlink()
+
+    def end(self):
+        "Its programs, as far as they run."
+        for name in ("slurmd.n1", "slurmd.n2", "slurmctld", "munged"): self.kill(name)
+
+    def kill(self, name):
+        "One of its programs; a number in an old file may by now be another's."
+        try: process = psutil.Process(int((self.base / f"run/{name}.pid").read_text()))
+        except (OSError, ValueError, psutil.NoSuchProcess): return
+        if process.name().startswith(name.split(".")[0]): process.kill()
 
     def start_node(self, node): said("slurmd", "-N", node)
 
@@ -120,7 +131,7 @@ class Loopback:
         steps = [process for process in psutil.process_iter(["cmdline"])
                  if any(f"slurmstepd: [{number}." in " ".join(process.info["cmdline"] or []) for number in numbers)]
         processes = [each for step in steps for each in (step, *step.children(recursive=True))]
-        os.kill(int((self.base / f"run/slurmd.{node}.pid").read_text()), signal.SIGKILL)
+        self.kill(f"slurmd.{node}")
         for process in processes:
             try: process.kill()
             except psutil.NoSuchProcess: continue
