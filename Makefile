@@ -57,8 +57,10 @@ test: .venv/.test
 
 # the engines against each other with the real vLLM, in an environment of its own; no part of `make test`
 test-vllm: .venv-vllm/.made
+	@rm -rf work/vllm
 	for check in tests/against_vllm/check_*.py; do \
 	  OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest $$check -p no:cacheprovider || exit 1; done
+	@mkdir -p reports/vllm && mv work/vllm/engines.json reports/vllm/  # the record of this run alone
 
 .venv-vllm/.made: pyproject.toml tests/against_vllm/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
