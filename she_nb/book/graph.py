@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .records import LABEL_FILES, LABEL_WORDS, digest, parameters_of, read_record, run_key
-from .settings import SETTING_TYPES, WORLD, Settings, arms_of, load_settings, variant
+from .settings import SETTING_TYPES, WORLD, Settings, arms_of, check_rollouts, load_settings, variant
 from .stages import StageError, check_arguments, declared, stage_notebook
 from ..task import CREDIT_RULES, BookError, atomic_write, root
 
@@ -253,6 +253,8 @@ class ArmPlan(SeedPlan):
         rule, own = variant(self.settings, arm)
         if rule in ("sft", "dpo"): self.tuned(rule, arm, own)
         if rule in ("sft", "dpo", "floor"): return
+        replay = own.experts > 0 and own.replay > 0 and rule != "ppo"
+        check_rollouts(own.engine, arm, own.selection == "dynamic" and own.refill > 0, replay)
         inputs = {"data_dir": self.data(own), "model_dir": self.first(own.start, own)}
         if own.reward == "judge" or own.reward == "hybrid" and rule not in ("grpo", "ppo"):  # these look at the tier
             inputs["judge_dir"] = self.judge(own)
@@ -304,7 +306,8 @@ def plan(
     if not book.studies: BookPlan(book, book.seeds[0], runs).audit()
     if book.studies:
         data, sft = (runs[run_key(stage, arm, book.seeds[0])] for stage, arm in (("data", "all"), ("sft", "sft")))
-        search, tune_settings = SeedPlan(book, TUNE_SEED, runs), replace(settings, rl_steps=settings.tune_steps)
+        engine = settings.engine if settings.engine in ("shared", "trl") else "shared"   # vLLM opens once in a process
+        search, tune_settings = SeedPlan(book, TUNE_SEED, runs), replace(settings, rl_steps=settings.tune_steps, engine=engine)
         for arm in dict.fromkeys(arm for seed in book.seeds for arm in book.arms_of(seed)):
             if arm not in ("srpo", "ppo", *CREDIT_RULES): continue
             search.add("tune", arm, tune_settings, settings.threads_train, data_dir=data, model_dir=sft)

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
 
+from .settings import check_rollouts
 from ..evidence.metrics import metrics
 from ..learning.judge import load_judge
 from ..learning.ppo import Answer, PPOTrainer, rated_answers
@@ -29,6 +30,7 @@ from ..policy.adapters import base_of
 from ..policy.experts import is_mixture
 from ..policy.models import DTYPES, load_tokenizer, policy_to_train, save_policy
 from ..policy.rollout import is_sharded, responses_of_all
+from ..policy.synced import check_training_engine, trains_by_vllm
 from ..shop.judged import rl_prompts
 from ..shop.pairs import load_part, response_limit
 from ..task import BookError, Pair
@@ -109,13 +111,14 @@ def train_arm(
     names = SimpleNamespace(**names)
     if names.sharding != "ddp" and base_of(names.model_dir):
         raise BookError(f"sharding = {names.sharding} spreads whole models, and this one has an adapter; set sharding = ddp.")
+    if trains_by_vllm(names.engine): check_training_engine(names.engine, names.ranks)
     tokenizer = load_tokenizer(names.model_dir)
     limit = response_limit(names.data_dir, names.max_completion, tokenizer)
     config, pairs = arm_config(names, limit), selected_pairs(rl_prompts(names.data_dir), names.select_dir)
     policy, options = policy_to_train(names.model_dir, DTYPES[names.dtype]), arm_options(names, tokenizer, pairs)
-    trainer_class = PPOTrainer if names.credit == "ppo" else StepGRPOTrainer
-    notes_routes = names.replay or names.engine == "shared"   # TRL's own rollout notes none
-    if is_mixture(policy) and names.credit != "ppo" and notes_routes:
+    trainer_class, routed = PPOTrainer if names.credit == "ppo" else StepGRPOTrainer, is_mixture(policy) and names.credit != "ppo"
+    check_rollouts(names.engine, names.arm, names.selection == "dynamic" and names.refill > 0, routed and names.replay > 0)
+    if routed and names.engine == "shared":
         trainer_class, options = ReplayTrainer, options | {"replay": bool(names.replay)}
     trainer, log = train_rl(policy, tokenizer, pairs, config, names.rule, names.engine, trainer_class,
                             watcher(names, tokenizer, limit), **options)

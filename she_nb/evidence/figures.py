@@ -266,7 +266,11 @@ CURVES |= {
     "router_evenness": ("Evenness of experts", "share", "how alike the experts of a layer are used, 1 at best", "falls"),
     "router_busiest": ("Busiest expert", "share", "reading done by the busiest expert of a layer", "rises"),
     "update_gap": ("Update and rollout", "nats", "mean distance of their log-probabilities, same weights", "not rounding"),
-    "update_gap_largest": ("The largest distance", "nats", "of one token's log-probability", "far above rounding")}
+    "update_gap_largest": ("The largest distance", "nats", "of one token's log-probability", "far above rounding"),
+    "sampling_gap": ("vLLM and the policy", "nats", "mean distance of their log-probabilities, same weights", "not rounding"),
+    "sampling_gap_largest": ("The largest distance", "nats", "of one token's log-probability from vLLM's", "far above rounding"),
+    "sampling_weight_least": ("Least weight", "", "a token's correction for having been sampled by vLLM", "far below 1"),
+    "sampling_weight_most": ("Most weight", "", "likewise, cut off at 3", "far above 1")}
 
 # %% ../../nbs/54_evidence.figures.ipynb #figcurv2
 CURVES |= {

@@ -6,7 +6,8 @@
 __all__ = ['PROGRESS_METRICS', 'METRIC_NAMES', 'EvaluationCallback', 'outcome_reward', 'rl_dataset', 'step_metrics',
            'score_responses', 'step_advantages', 'token_advantages', 'credit_metrics', 'EpochSampler',
            'ResumableTrainer', 'PromptOrderTrainer', 'RoundsTrainer', 'RefillTrainer', 'local_prefix_counts',
-           'StepRewardTrainer', 'StepGRPOTrainer', 'batch_split', 'rl_config', 'train_rl', 'train_judge', 'curve_rows']
+           'StepRewardTrainer', 'StepGRPOTrainer', 'batch_split', 'rl_config', 'new_trainer', 'train_rl', 'train_judge',
+           'curve_rows']
 
 # %% ../../nbs/38_learning.trainers.ipynb #c002
 import json
@@ -30,6 +31,7 @@ from .sampling import DifficultySampler
 from .sft import Progress, common_config, in_turns, launched_ranks, run_training
 from ..policy.rollout import SampledResponse
 from ..policy.sharing import SharedPromptTrainer, only_temperature
+from ..policy.synced import DISTANCE, synced_trainer, trains_by_vllm, with_vllm
 from she_nb.task import (
     ORDERS,
     STEPS,
@@ -371,6 +373,22 @@ def rl_config(
         importance_sampling_level="token", max_completion_length=max_new_tokens, seed=seed,
         **common_config(**precision))
 
+# %% ../../nbs/38_learning.trainers.ipynb #en38a002
+def new_trainer(
+    trainer_class: type,           # StepGRPOTrainer or a descendant
+    engine: str,                   # shared: each prompt once for its group; trl: TRL's own; vllm, or a server's address
+    model: PreTrainedModel | str,
+    config: GRPOConfig,            # from `rl_config`
+    **options,                     # of the trainer
+) -> StepGRPOTrainer:
+    "A trainer whose rollouts an engine samples (ours)."
+    if engine not in ("shared", "trl") and not trains_by_vllm(engine):
+        raise BookError(f"engine = {engine} is unknown; use shared, trl, vllm or a server's address, http://HOST:PORT.")
+    options |= {"args": config, "shared_rollout": engine == "shared", "packed_update": engine != "trl"}
+    if not trains_by_vllm(engine): return trainer_class(model, **options)
+    with_vllm(config, engine)
+    return synced_trainer(lambda: trainer_class(model, **options))
+
 # %% ../../nbs/38_learning.trainers.ipynb #c022
 PROGRESS_METRICS = ("final_accuracy", "all_steps", "entropy", "advantage_std", "completions/mean_length")
 
@@ -380,17 +398,15 @@ def train_rl(
     pairs: list[Pair],                             # RL sees their truth and no annotator's chain
     config: GRPOConfig,                            # from `rl_config`
     rule: str = "brief",                           # of the prompt, a key of RULES
-    engine: str = "shared",                        # "shared": each prompt once for its group; "trl": TRL's own rollout and update
+    engine: str = "shared",                        # see `new_trainer`
     trainer_class: type = StepGRPOTrainer,         # or a descendant
     evaluation: EvaluationCallback | None = None,  # evaluates the policy during training
     **trainer_options,                             # of `trainer_class`: credit, gamma, order, router, dynamic, refill, ...
 ) -> tuple[StepGRPOTrainer, list[dict]]:           # the trainer, and one row for each step
     "GRPO, SRPO or any other registered credit rule: the arms differ in `credit` and `gamma` alone."
-    shared = engine == "shared"
-    trainer = trainer_class(
-        model, args=config, train_dataset=in_turns(rl_dataset(pairs, rule), tokenizer), processing_class=tokenizer, pairs=pairs,
-        shared_rollout=shared, packed_update=shared,
-        callbacks=[*filter(None, [evaluation]), Progress(PROGRESS_METRICS)], **trainer_options)
+    trainer = new_trainer(
+        trainer_class, engine, model, config, train_dataset=in_turns(rl_dataset(pairs, rule), tokenizer), pairs=pairs,
+        processing_class=tokenizer, callbacks=[*filter(None, [evaluation]), Progress(PROGRESS_METRICS)], **trainer_options)
     return trainer, run_training(trainer, config.output_dir)
 
 # %% ../../nbs/38_learning.trainers.ipynb #338aa872
@@ -413,7 +429,10 @@ def train_judge(
 
 # %% ../../nbs/38_learning.trainers.ipynb #c024
 METRIC_NAMES = {"completions/mean_length": "completion_length", "frac_reward_zero_std": "zero_std_groups",
-                "step_time": "step_seconds"}
+                "step_time": "step_seconds", DISTANCE: "sampling_gap",
+                "sampling/sampling_logp_difference/max": "sampling_gap_largest",
+                "sampling/importance_sampling_ratio/min": "sampling_weight_least",
+                "sampling/importance_sampling_ratio/max": "sampling_weight_most"}
 
 def curve_rows(
     log: list[dict],  # from `train_rl`

