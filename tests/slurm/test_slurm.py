@@ -171,7 +171,8 @@ def test_two_machines_share_the_ranks_of_a_training(cluster, begin):
     for node, state in cluster.states().items():
         if state != "idle": cluster.start_node(node)
     here, desk, key = Desk(Path(FOLDER) / "here"), Desk(Path(FOLDER) / "there"), "train-srpo-s0"
-    for folder in (desk.work / "book" / key, desk.reports / "book/runs" / key): shutil.rmtree(folder, ignore_errors=True)
+    for run in (key, "evaluate-srpo-s0"):
+        for folder in (desk.work / "book" / run, desk.reports / "book/runs" / run): shutil.rmtree(folder, ignore_errors=True)
     words = "--executor", "slurm", "--profile", profile(Path(FOLDER)), "--nodes", "2", "-p", "ranks", "2"
     began, process = time.time(), begin(desk, *words)
     wait_for("versions", [desk.reports / "book/runs" / key / "run.json"], process)
