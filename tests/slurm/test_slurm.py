@@ -26,7 +26,8 @@ REASON = missing() if FOLDER else "it takes minutes of all cores: make test-slur
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 SETTINGS = {"start": "sft", "reward": "oracle", "curriculum": "single",   # the shortest graph
-            "sft_steps": 200, "sft_lr": 1e-2, "sft_muon_lr": 2e-2}   # until its answers have the form of a chain
+            "sft_steps": 200, "sft_lr": 1e-2, "sft_muon_lr": 2e-2,    # until its answers have the form of a chain
+            "max_completion": 96}                                     # and room for it
 BOOK = "book", "--preset", "micro", *(word for name, value in SETTINGS.items() for word in ("-p", name, str(value)))
 ARMS = "grpo", "srpo"
 MACHINE = ("seconds", "peak_rss_mb", "device", "commit", "dirty", "versions")  # of a record
