@@ -10,13 +10,20 @@ from she_nb.book.graph import open_book, plan
 from she_nb.book.stages import run_stage
 from she_nb.evidence.evaluate import read_records
 from she_nb.evidence.metrics import CONCLUSIONS, STEP_COLUMNS
-from she_nb.evidence.transfer import SHOWN, answer_sentence, known_interval, measure_moves, transfer_name, verdict_counts
-from she_nb.evidence.transfer import MEASURES as ALL
+from she_nb.evidence.transfer import (
+    MEASURES,
+    SHOWN,
+    answer_sentence,
+    known_interval,
+    measure_moves,
+    transfer_name,
+    verdict_counts,
+)
 
-SHOPS, HOME = ("shop-lamps", "shop-shoes", "shop-tea"), [.95, .94, .96, .93, .92]
+SHOPS, HOME = ("shop-lamps", "shop-tea"), [.95, .94, .96, .93, .92]
 
 
-def predictions(seed, rates, pairs=400):
+def predictions(seed, rates, pairs=200):
     "Right steps at these rates; a policy of the same seed stumbles over the same pairs."
     draws = np.random.default_rng(seed).random((pairs, 5)) < np.array(rates)
     table = pd.DataFrame(draws.astype(float), columns=list(STEP_COLUMNS)).assign(
@@ -44,55 +51,51 @@ def everywhere(away, arm="sft"): return {(arm, a, b): HOME if a == b else away f
 
 @pytest.mark.parametrize("away, said", [
     ([.4, .5, *HOME[2:]], "steps 1 and 2 drop in every move (by 4"),
-    (HOME, "steps 1, 2, 3, 4 and 5 hold in every move."),
     ([.1] * 5, "steps 1, 2, 3, 4 and 5 drop in every move (by 8")])
 def test_the_sentence_says_what_was_made(tmp_path, away, said):
     moves = measure_moves(write(tmp_path, everywhere(away)), SHOWN)
     assert said in answer_sentence(moves)
     expected = ["holds" if theirs == ours else "drops" for ours, theirs in zip(HOME, away, strict=True)]
     counts = verdict_counts(moves, SHOWN)
-    assert [counts.loc[name, verdict] for name, verdict in zip(SHOWN, expected, strict=True)] == [6] * 5
+    assert [counts.loc[name, verdict] for name, verdict in zip(SHOWN, expected, strict=True)] == [2] * 5
 
 
 def test_one_strange_shop_is_no_rule(tmp_path):
-    "Step 3 breaks in two of six moves, and the sentence counts them."
-    rates = everywhere(HOME) | {("sft", "shop-tea", b): [*HOME[:2], .3, *HOME[3:]] for b in SHOPS[:2]}
+    "Step 3 breaks in one of two moves, and the sentence counts them."
+    rates = everywhere(HOME) | {("sft", "shop-tea", "shop-lamps"): [*HOME[:2], .3, *HOME[3:]]}
     said = answer_sentence(measure_moves(write(tmp_path, rates), SHOWN))
-    assert "step 3 holds in 4 and drops in 2 of 6 moves" in said and "steps 1, 2, 4 and 5 hold in every move" in said
+    assert "step 3 holds in 1 and drops in 1 of 2 moves" in said and "steps 1, 2, 4 and 5 hold in every move" in said
 
 
 def test_one_seed_decides_nothing(tmp_path):
     moves = measure_moves(write(tmp_path, everywhere([.1] * 5), seeds=(0,)), SHOWN)
-    assert set(moves["verdict"]) == {"home", "undecided"} and "1 seed, SFT: steps 1, 2, 3, 4 and 5 are undecided" in answer_sentence(moves)
+    assert set(moves["verdict"]) == {"home", "undecided"}
+    assert "1 seed, SFT: steps 1, 2, 3, 4 and 5 are undecided" in answer_sentence(moves)
 
 
 def test_the_interval_is_of_known_rates():
     "Away 40 of 100 and home 95: the change is -55 points, by a table made without the chapter."
     home, away = ({seed: predictions(seed, rates) for seed in range(5)} for rates in (HOME, [.4, *HOME[1:]]))
-    effect = known_interval(away, ALL["step_1"], home)
+    effect = known_interval(away, MEASURES["step_1"], home)
     by_hand = np.mean([away[seed]["step_1"].mean() - home[seed]["step_1"].mean() for seed in range(5)])
     assert effect.mean == pytest.approx(by_hand) and effect.low < -.55 < effect.high
 
 
 def test_a_shop_whose_items_tell_nothing(tmp_path):
-    "No truth of step 4 in one shop, no chain that can be read in another: both are told as such, and the study is drawn."
+    "No truth of step 4 in one shop, and there chains that nobody can read: both are told as such, and the study is drawn."
     def edit(move, table):
-        if move[2] == "shop-tea": return table.assign(step_4=np.nan, lenient_4=np.nan)
-        if move[1] != move[2]: return table.assign(**dict.fromkeys(STEP_COLUMNS, 0.), follows_3=np.nan, follows_4=np.nan, tier_pred=0)
-        return table
-    rates = everywhere(HOME) | everywhere(HOME, "srpo")
-    records = write(tmp_path, rates, seeds=(0, 1), edit=edit)
-    moves = measure_moves(records).set_index(["arm", "tested", "trained", "measure"])["verdict"]
-    assert moves["sft", "shop-tea", "shop-lamps", "step_4"] == "can't be told" == moves["sft", "shop-shoes", "shop-lamps", "follows_4"]
-    assert moves["sft", "shop-shoes", "shop-lamps", "step_4"] == "drops"
+        if move[2] == "shop-lamps": return table
+        unreadable = dict.fromkeys((*STEP_COLUMNS, "tier_pred"), 0) | dict.fromkeys(("follows_3", "follows_4"), np.nan)
+        return table.assign(**unreadable if move[1] != move[2] else {}).assign(step_4=np.nan, lenient_4=np.nan)
+    write(tmp_path, everywhere(HOME) | everywhere(HOME, "srpo"), seeds=(0, 1), edit=edit)
     places = {"reports": str(tmp_path), "out": str(tmp_path / "out"), "record": str(tmp_path / "record")}
     run_stage("shops", places, tmp_path / "shops.ipynb")
     numbers = json.loads((tmp_path / "record/run.json").read_text())["metrics"]
-    assert numbers["sft/shop-lamps/shop-shoes/step_1/change"] == pytest.approx(-np.mean(
-        [predictions(seed, HOME)["step_1"].mean() for seed in (0, 1)]))
+    at_home = np.mean([predictions(seed, HOME)["step_1"].mean() for seed in (0, 1)])
+    assert numbers["sft/shop-lamps/shop-tea/step_1/change"] == pytest.approx(-at_home)
+    assert numbers["sft/shop-tea/shop-lamps/step_4/change"] == 0
     assert "sft/shop-lamps/shop-tea/step_4" not in numbers and (tmp_path / "out/figures/shops.svg").is_file()
-    page = (tmp_path / "shops.ipynb").read_text()
-    assert "step 4 drops in 4 and can't be told in 2 of 6 moves" in page
+    assert "step 4 holds in 1 and can't be told in 1 of 2 moves" in (tmp_path / "shops.ipynb").read_text()
 
 
 def test_a_shop_is_the_shortest_training():

@@ -33,7 +33,8 @@ def shop_book(
     "Open a book by its name, as it was made."
     file = Path(work) / name / "book.json"
     if not file.is_file():
-        raise BookError(f"There is no book {name} in {work}; she-nb book --preset tiny-shop --catalog FILE --name {name} makes it.")
+        made = f"she-nb book --preset tiny-shop --catalog FILE --name {name}"
+        raise BookError(f"There is no book {name} in {work}; make it with {made}.")
     return replace(read_book(file), work=Path(work), reports=Path(reports))
 
 # %% ../../nbs/79_book.transfer.ipynb #trb0007
@@ -59,7 +60,7 @@ def check_alike(
                         "make both books with the same settings.")
 
 # %% ../../nbs/79_book.transfer.ipynb #trb0011
-ROOM = 512          # tokens of a response: another shop's words are spelt in letters (ours); less where the longest chain is shorter
+ROOM = 512          # tokens of a response at most: another shop's words are spelt in letters (ours)
 SAMPLED_PAIRS = 10  # groups of responses are sampled for few pairs; the study reads greedy answers (ours)
 
 def trained_model(
