@@ -25,7 +25,7 @@ TOYS = {
     "judge": "judge_lr = 1e-3\ndata_dir = ''", "judge_test": "data_dir = model_dir = judge_dir = ''",
     "ask": "data_dir = model_dir = ''", "select": "curriculum = ''\ndata_dir = ask_dir = ''",
     "train": "rl_lr = 2e-4\ndata_dir = model_dir = select_dir = judge_dir = ''", "tune": "data_dir = model_dir = ''",
-    "evaluate": "data_dir = model_dir = ''", "gullibility": "data_dir = model_dir = ''", "report": "reports = ''"}
+    "evaluate": "data_dir = model_dir = learnt_dir = ''", "gullibility": "data_dir = model_dir = ''", "report": "reports = ''"}
 
 def write_stages(
     folder: str | Path,   # made if absent

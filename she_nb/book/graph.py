@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LABEL_ARMS', 'SHARED_NAME', 'TUNE_SEED', 'compared_arms', 'Book', 'catalog_stem', 'book_labels', 'open_book', 'Run',
            'make_run', 'SeedPlan', 'ArmPlan', 'BookPlan', 'plan', 'has_record', 'has_checkpoint', 'pending',
-           'progress_sentence', 'delete_marks', 'prune', 'outputs', 'job', 'write_book', 'read_book']
+           'progress_sentence', 'delete_marks', 'prune', 'locked', 'outputs', 'job', 'write_book', 'read_book']
 
 # %% ../../nbs/76_book.graph.ipynb #7372a327
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ import re
 import shlex
 import shutil
 import sys
+import time
 import unicodedata
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -381,6 +384,26 @@ def prune(
     keys = {run.key for run in runs}
     for record in (book.reports / book.name).glob("runs/*/run.json"):
         if record.parent.name not in keys: shutil.rmtree(record.parent)
+
+# %% ../../nbs/76_book.graph.ipynb #lock0001
+@contextmanager
+def locked(
+    book: Book,  # one command at a time works on it
+    patience: float = 10,  # seconds to wait for a command that is just dying
+):
+    "Hold the book's lock (ours)."
+    path = book.work / book.name / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        until = time.monotonic() + patience
+        while True:
+            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise BookError(f"Another she-nb works on {book.name}; wait for it, or end it.") from None
+                time.sleep(.2)
+            else: break
+        yield
 
 # %% ../../nbs/76_book.graph.ipynb #84cbe6ae
 def outputs(

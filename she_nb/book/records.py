@@ -95,8 +95,8 @@ def read_record(
         raise BookError(f"The record {path} is broken; delete it and run the book again.") from None
 
 # %% ../../nbs/72_book.records.ipynb #5ea4dcdc
-PLACES = ("out", "record", "inputs", "data_dir", "model_dir", "ask_dir", "select_dir", "judge_dir", "reports", "preset",
-          "watch_every", "watch_pairs", "ranks", "sharding")  # and what only looks on, or shares the work
+PLACES = ("out", "record", "inputs", "data_dir", "model_dir", "ask_dir", "select_dir", "judge_dir", "learnt_dir", "reports",
+          "preset", "watch_every", "watch_pairs", "ranks", "sharding")  # and what only looks on, or shares the work
 VERSIONED = ("torch", "trl", "transformers", "peft", "accelerate", "she-nb")
 
 # %% ../../nbs/72_book.records.ipynb #fabfbd6f
