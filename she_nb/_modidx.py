@@ -1290,6 +1290,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'she_nb/policy/engines.py'),
                                        'she_nb.policy.engines.echoed_logps': ( 'policy.engines.html#echoed_logps',
                                                                                'she_nb/policy/engines.py'),
+                                       'she_nb.policy.engines.file_output': ('policy.engines.html#file_output', 'she_nb/policy/engines.py'),
                                        'she_nb.policy.engines.generate_texts': ( 'policy.engines.html#generate_texts',
                                                                                  'she_nb/policy/engines.py'),
                                        'she_nb.policy.engines.is_address': ('policy.engines.html#is_address', 'she_nb/policy/engines.py'),

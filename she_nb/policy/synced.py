@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from .engines import LONGEST, Sampling, is_address, response_logps, vllm_module
+from .engines import LONGEST, Sampling, file_output, is_address, response_logps, vllm_module
 from ..task import BookError
 
 # %% ../../nbs/29_policy.synced.ipynb #en29a005
@@ -143,7 +143,8 @@ class TrainedGeneration(VLLMGeneration):
         known = getattr(self.model.config.get_text_config(), "max_position_embeddings", LONGEST)
         self.max_model_length = self.max_model_length or min(known, LONGEST)
         module.LLM = partial(original, dtype=dtype, enforce_eager=eager)
-        try: super()._init_vllm()
+        try:
+            with file_output(): super()._init_vllm()
         except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
             where = self.server_base_url if self.mode == "server" else self.model.name_or_path
             raise BookError(f"{where}: vLLM can't train this model ({reason(error)}); set engine = shared, or mend what it "

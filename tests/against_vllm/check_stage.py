@@ -1,4 +1,4 @@
-"The stage train with vLLM beside its trainer, in a kernel of its own as the book runs it. Part of `make test-vllm`."
+"Stages that train and ask by vLLM, in kernels of their own as the book runs them. Part of `make test-vllm`."
 import pandas as pd
 import pytest
 from parts import note
@@ -54,6 +54,13 @@ def test_srpo_learns_from_what_vllm_samples(folder, data, start):
     assert (rows[["sampling_weight_least", "sampling_weight_most"]] - 1).abs().max().max() < NEAR
     assert isinstance(moved, str) or moved > 10 * NEAR      # an engine left behind would be this far away
     assert {"held_macro_f1", "step_seconds"} <= set(rows) and run.metrics["sampling_gap"] < NEAR
+
+
+def test_a_stage_that_only_asks_is_answered_by_vllm(folder, data, start):
+    _, record = stage("ask", folder, data_dir=str(data), model_dir=str(start), answer_engine="vllm", select_pairs=8)
+    run = read_record(record / "run.json")
+    note("stage ask", engine=run.parameters["answer_engine"], **{name: run.metrics[name] for name in ("rollouts", "pass_rate")})
+    assert run.parameters["answer_engine"] == "vllm"
 
 
 def test_a_shape_that_vllm_refuses_is_one_sentence(folder, data):
