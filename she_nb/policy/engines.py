@@ -237,6 +237,9 @@ class VllmModel(Engine):
         try: return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         except ValueError as error:
             raise BookError(f"vLLM refuses a prompt ({str(error).splitlines()[0][:160]}); shorten it, or the limit.") from None
+        except RuntimeError as error:   # some shapes are refused no sooner
+            raise BookError(f"vLLM can't answer by this model ({str(error).splitlines()[0][:160]}); take engine = transformers, "
+                            "or a shape and memory that it accepts.") from error
 
 # %% ../../nbs/27_policy.engines.ipynb #en27a025
 class VllmEngine(VllmModel):
