@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'VLLM_TYPES', 'SERVE', 'TRIES', 'WAIT', 'TIMEOUT', 'AT_ONCE', 'PLAIN', 'Sampling', 'Engine',
-           'generate_texts', 'response_logps', 'continuation_logps', 'TransformersEngine', 'vllm_module', 'whole_copy',
-           'served_config', 'sampled_logps', 'VllmModel', 'VllmEngine', 'Busy', 'address', 'post', 'response_of',
-           'echoed_logps', 'Finished', 'Server', 'ServerRequests', 'ServerEngine', 'is_address', 'check_engine',
-           'open_engine']
+           'generate_texts', 'response_logps', 'continuation_logps', 'TransformersEngine', 'vllm_module', 'file_output',
+           'whole_copy', 'served_config', 'sampled_logps', 'VllmModel', 'VllmEngine', 'Busy', 'address', 'post',
+           'response_of', 'echoed_logps', 'Finished', 'Server', 'ServerRequests', 'ServerEngine', 'is_address',
+           'check_engine', 'open_engine']
 
 # %% ../../nbs/27_policy.engines.ipynb #en27a002
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib import import_module
@@ -175,6 +177,11 @@ def vllm_module():
         raise BookError(f"engine = vllm needs vLLM, and this environment can't import it ({str(error)[:80]}); call she-nb from "
                         ".venv-vllm, which make test-vllm sets up, or give a server's address as engine.") from None
 
+@contextmanager
+def file_output() -> Iterator[None]:
+    "Within a `with` block what is printed goes to the process's own output, a file, as vLLM wants it while it opens."
+    with redirect_stdout(sys.__stdout__): yield
+
 def whole_copy(
     folder: str | Path,  # of a policy, perhaps an adapter
     target: str | Path,  # an empty folder
@@ -215,7 +222,7 @@ class VllmModel(Engine):
     ):
         vllm = vllm_module()
         self.tokenizer, self.config, self.Params = load_tokenizer(folder), served_config(folder), vllm.SamplingParams
-        with TemporaryDirectory(prefix="she-nb-merged-") as copy:
+        with TemporaryDirectory(prefix="she-nb-merged-") as copy, file_output():
             try:
                 self.llm = vllm.LLM(
                     model=whole_copy(folder, copy, dtype), dtype=VLLM_TYPES[dtype], seed=0, enable_prefix_caching=True,
@@ -230,6 +237,9 @@ class VllmModel(Engine):
         try: return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         except ValueError as error:
             raise BookError(f"vLLM refuses a prompt ({str(error).splitlines()[0][:160]}); shorten it, or the limit.") from None
+        except RuntimeError as error:   # some shapes are refused no sooner
+            raise BookError(f"vLLM can't answer by this model ({str(error).splitlines()[0][:160]}); take engine = transformers, "
+                            "or a shape and memory that it accepts.") from error
 
 # %% ../../nbs/27_policy.engines.ipynb #en27a025
 class VllmEngine(VllmModel):

@@ -4,6 +4,7 @@ import os
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1",
                "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
@@ -13,6 +14,7 @@ from small import CHAINS, PAIRS, TRUTHS, make_tokenizer
 from she_nb.book.records import code_state
 from she_nb.learning.sft import sft_dataset, train_sft
 from she_nb.policy.models import new_model, save_policy
+from she_nb.policy.synced import agreement
 from she_nb.task import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,6 +34,11 @@ def note(name, **numbers):
               "device": f"cpu, {threads} threads", "dtype": "fp32",
               "model": "qwen3, 4 layers, width 128, heads of 32, fine-tuned for 40 steps"}
     atomic_write(RECORD, json.dumps(found | {name: found.get(name, {}) | numbers}, indent=1) + "\n")
+
+
+def distance(model, rows, temperature=1.0):
+    "`agreement`, also of strangers."
+    with patch("she_nb.policy.synced.APART", float("inf")): return agreement(model, rows, temperature)
 
 
 def make_policy(folder):
