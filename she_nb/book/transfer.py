@@ -20,8 +20,6 @@ from .kernels import warm
 from .records import digest, parameters_of, run_key
 from .settings import presets
 from .stages import StageError, check_arguments, declared, run_stage, stage_notebook
-from ..evidence.page import render_report
-from ..evidence.transfer import transfer_name
 from ..task import BookError, root
 
 # %% ../../nbs/79_book.transfer.ipynb #trb0005
@@ -88,6 +86,7 @@ def transfer_run(
     base: Run,                     # the model's evaluation at home, as its book plans it
 ) -> Run:
     "One policy in one shop."
+    from she_nb.evidence.transfer import transfer_name  # and pandas with it, for which no other command should wait
     (home, model, learnt), (away, _, data) = trained, tested
     arm = transfer_name(model.arm, home.name, away.name)
     key, defaults = run_key("evaluate", arm, model.seed), declared(stage_notebook("evaluate"))
@@ -143,6 +142,7 @@ def draw_study(
     arms: Sequence[str],   # the first is what the others began with
 ) -> Path:                 # report.html
     "Run the study shops on the records, and make a page of it."
+    from she_nb.evidence.page import render_report
     key, folder = run_key("shops", "all", 0), study.reports / study.name
     places = {"out": str(study.folder(key)), "record": str(study.record(key)), "reports": str(folder)}
     notebook = run_stage("shops", places | {"compared": ",".join(arms), "against": arms[0]},
