@@ -276,6 +276,8 @@ def large_file(folder, ending, count=4000):
 
 SHORT = {  # rows that differ in every cell, and whether they are read
     "category": ("title,category", lambda k, word: f"blue mug {k:06d} x,cups {k:08d}y", True),
+    "shorter": ("title,category", lambda k, word: f"mug {k:06d} x,c{k:08d}y", False),
+    "short": ("title,category", lambda k, word: f"mug {k:06d} or,cup{k:08d}y", True),
     "price": ("title,category,price", lambda k, word: f"M {k:06d},C{k:06d},{k}", False),
     "cells": ("title,category," + ",".join(f"attr:{j}" for j in range(40)),
               lambda k, word: f"M{k},C{k}," + ",".join(word() for _ in range(40)), False),

@@ -256,8 +256,7 @@ class ArmPlan(SeedPlan):
         rule, own = variant(self.settings, arm)
         if rule in ("sft", "dpo"): self.tuned(rule, arm, own)
         if rule in ("sft", "dpo", "floor"): return
-        replay = own.experts > 0 and own.replay > 0 and rule != "ppo"
-        check_rollouts(own.engine, arm, own.selection == "dynamic" and own.refill > 0, replay)
+        check_rollouts(own.engine, arm, own.refill and own.selection == "dynamic", own.experts and own.replay and rule != "ppo")
         inputs = {"data_dir": self.data(own), "model_dir": self.first(own.start, own)}
         if own.reward == "judge" or own.reward == "hybrid" and rule not in ("grpo", "ppo"):  # these look at the tier
             inputs["judge_dir"] = self.judge(own)

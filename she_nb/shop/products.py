@@ -261,7 +261,7 @@ class Kept:
 
     def weight(self) -> int:
         "The bytes that the products need in a catalogue, about (measured)."
-        return 345 * len(self.products) + 60 * len(self.known) + 150 * len(self.first) + self.wide + self.made() - self.before
+        return 450 * len(self.products) + 60 * len(self.known) + 150 * len(self.first) + self.wide + self.made() - self.before
 
 # %% ../../nbs/11_shop.products.ipynb #c036r
 def check_rows(
