@@ -37,12 +37,18 @@ class Desk:
         return [path for top in (self.work, self.reports) for path in top.rglob("*") if path.is_file()]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    "A process runs all tests of a file, which share what they make; every notebook is a file of its own, and they come last."
-    items.sort(key=lambda item: item.path.stem == "test_notebooks")
-    for item in items:
-        if item.path.stem != "test_notebooks": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)     # the environment of vLLM has no pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    "A process runs all tests of a file, which share what they make; every notebook is a file of its own."
+    from xdist.scheduler import LoadScopeScheduling
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, _ = nodeid.partition("::")
+            return nodeid if file.endswith("test_notebooks.py") else file
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.path.stem == "test_notebooks")  # these last
 
 
 @pytest.fixture

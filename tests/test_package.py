@@ -1,5 +1,6 @@
 "The package outside its repository: what the wheel holds starts fast and says what is missing."
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,12 @@ from conftest import ROOT, refused
 def wheel(tmp_path_factory):
     "The wheel, unpacked: a folder to import from, with nothing of the repository beside it."
     folder = tmp_path_factory.mktemp("wheel")
-    words = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
-    subprocess.run(list(map(str, words)), check=True, capture_output=True)
+    source = folder / "source"     # a build writes beside what it builds
+    shutil.copytree(ROOT / "she_nb", source / "she_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ["pyproject.toml", "README.md", "LICENSE"]: shutil.copy(ROOT / name, source)
+    words = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (made,) = folder.glob("she_nb-*.whl")
     with zipfile.ZipFile(made) as packed: packed.extractall(folder / "she")
     return folder / "she"

@@ -79,6 +79,11 @@ def test_a_sentence_stands_where_nothing_is_recorded(visit):
     assert "no run has recorded one yet" in page.inner_text("main")
 
 
+def settle(page):
+    "Waits until no colour fades any more."
+    page.evaluate("Promise.all(document.getAnimations().map(one => one.finished.catch(() => 0)))")
+
+
 def shown(page):
     "Of every token of the live picture: its advantage, whether its background is blue, red or bare; of every field its number."
     return page.evaluate("""() => [...document.querySelectorAll(".live .answers [role=row]:not(.truth)")].map(row =>
@@ -110,7 +115,7 @@ def test_the_live_picture_shows_what_the_library_says(visit, groups, source, rul
     page.locator(".live .source").select_option(str(source))
     move = "(one, at) => { one.value = at; one.dispatchEvent(new Event('input')); }"
     page.locator(".live .gamma").evaluate(move, GAMMAS.index(gamma))
-    page.wait_for_timeout(400)      # the colours fade over
+    settle(page)
     group = next(iter(groups.values()))
     found, told = shown(page), expected(group, list(REWARD_SOURCES)[source], rule, gamma)
     assert len(found) == len(told)
@@ -151,7 +156,7 @@ def test_the_live_picture_can_be_read(visit, groups, theme):
     "Text on every colour has a contrast of at least 4.5."
     page = visit("index", width=390)
     page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-    page.wait_for_timeout(400)
+    settle(page)
     ratios = page.evaluate("""() => {
       const parts = text => (text.match(/[0-9.]+/g) || []).map(Number);
       const light = rgb => rgb.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
