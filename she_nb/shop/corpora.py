@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCALE', 'ESCI_FILES', 'ESCI_COLUMNS', 'SIDES', 'WANDS_FILES', 'LONG_TEXT', 'WANDS_IDS', 'ID_NAME', 'MOST_ATTRIBUTES',
-           'parquet_columns', 'parquet_batches', 'esci_judgments', 'esci_labels', 'wands_rows', 'wands_judgments',
+           'parquet_columns', 'corpus_batches', 'esci_judgments', 'esci_labels', 'wands_rows', 'wands_judgments',
            'wands_labels', 'read_judgments', 'neighbour_items', 'Found', 'esci_items', 'wands_items', 'id_columns',
            'id_text', 'joined_rows', 'shop_items', 'plain_items', 'mapped_items', 'find_items', 'read_items',
            'read_features', 'readable', 'as_product']
@@ -22,7 +22,7 @@ from .feeds import ROWS, Feed, counted, fields_of, finished, name_of
 from .judgments import FIELDS, ITEM_FIELDS, Judgment, item_of, roles_of
 from .labels import Labels, cell_text, read_labels, shown_columns, text_lines
 from .products import Product, clean_text, clean_word, read_attributes, read_category, read_name, read_price
-from .tables import Table, read_table
+from .tables import Table, parquet_batches, read_table
 from ..task import BookError
 
 # %% ../../nbs/17_shop.corpora.ipynb #c006a
@@ -33,17 +33,14 @@ def parquet_columns(path: Path) -> list[str]:
     try: return parquet.read_schema(path).names
     except (pyarrow.ArrowException, OSError): raise BookError(f"{path}: is not a Parquet file; write it again.") from None
 
-def parquet_batches(
-    path: Path,
-    columns: list[str] | None = None,  # None: all
-    size: int = 65_536,                # rows at a time
-):  # yields pyarrow record batches
-    "A Parquet file, a batch at a time."
+def corpus_batches(path: Path, columns: list[str]) -> Iterator:  # pyarrow record batches
+    "The columns of a Parquet file, many rows at a time."
     import pyarrow
-    from pyarrow import parquet
     try:
-        with parquet.ParquetFile(path) as file: yield from file.iter_batches(size, columns=columns)
+        for batch, _ in parquet_batches(path, 65_536, columns): yield batch
+    except BookError as error: raise BookError(f"{path}: {error}") from None
     except (pyarrow.ArrowException, OSError): raise BookError(f"{path}: is not a Parquet file; write it again.") from None
+
 
 # %% ../../nbs/17_shop.corpora.ipynb #c006
 LOCALE = "us"  # where none is stated
@@ -61,7 +58,7 @@ def esci_judgments(
     import pyarrow.compute as pc
     other, nameless = f"of another locale than {locale}", "without query or product"
     own = ["split"] if "split" in names else []
-    for batch in parquet_batches(path, ESCI_COLUMNS + own):
+    for batch in corpus_batches(path, ESCI_COLUMNS + own):
         here = batch.filter(pc.equal(batch["product_locale"].cast("string"), locale))
         whole = here.filter(pc.and_(pc.is_valid(here["query"]), pc.is_valid(here["product_id"])))
         for reason, rows in ((other, len(batch) - len(here)), (nameless, len(here) - len(whole))):
@@ -160,7 +157,7 @@ def esci_items(path: Path, wanted: set[str], locale: str) -> Found:
     import pyarrow.compute as pc
     names = parquet_columns(path)
     item, ids, found = roles_of(names, ITEM_FIELDS), pa.array(sorted(wanted), pa.string()), {}
-    for batch in parquet_batches(path, ["product_id", "product_locale", *item.values()]):
+    for batch in corpus_batches(path, ["product_id", "product_locale", *item.values()]):
         here = pc.equal(batch["product_locale"].cast("string"), locale)
         rows = batch.filter(pc.and_(pc.is_in(batch["product_id"].cast("string"), ids), pc.fill_null(here, False)))
         for row in rows.to_pylist(): found.setdefault(str(row["product_id"]), item_of(row, item) or {})

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Row', 'MOST_COLUMNS', 'LONGEST', 'DEEPEST', 'MARKS', 'UNPACKED', 'DECODER', 'BLANKS', 'OBJECTS', 'LISTED', 'Table',
            'column_names', 'Unpacked', 'open_bytes', 'encoding_of', 'broken_line', 'blocks_of_lines', 'lines', 'named',
-           'json_line', 'JsonStream', 'opens_list', 'find_list', 'json_values', 'json_form', 'columns_of', 'json_table',
-           'bare_names', 'stripped', 'Census', 'content', 'Elements', 'add', 'parsed', 'xml_table']
+           'json_line', 'JsonStream', 'opens_list', 'find_list', 'json_values', 'one_line', 'json_form', 'columns_of',
+           'json_table', 'bare_names', 'stripped', 'Census', 'content', 'Elements', 'add', 'parsed', 'xml_table']
 
 # %% ../../nbs/10_shop.nested.ipynb #c002
 import ast
@@ -247,6 +247,12 @@ def json_values(
             if not stream.next(): raise BookError("is cut off in the middle of its JSON; fetch it again.")
 
 # %% ../../nbs/10_shop.nested.ipynb #c024
+def one_line(path: Path, encoding: str) -> bool:
+    "Whether a file holds one line alone, however long."
+    said = filter(str.strip, lines(path, encoding, "\n"))
+    try: return not (next(said, "") and next(said, ""))
+    except BookError: return True
+
 def json_form(
     path: Path,
     encoding: str,
@@ -254,9 +260,8 @@ def json_form(
 ) -> str:                  # lines, values or list
     "Whether a JSON file holds an object a line, objects in a row, or a list."
     if first.lstrip().startswith("["): return "list"
-    alone = sum(1 for line in islice(lines(path, encoding, "\n"), 100) if line.strip()) == 1
-    if not alone and (isinstance(json_line(first), dict) or first.rstrip().endswith("}") or not first.lstrip().startswith("{")):
-        return "lines"
+    lined = isinstance(json_line(first), dict) or first.rstrip().endswith("}") or not first.lstrip().startswith("{")
+    if lined and not one_line(path, encoding): return "lines"
     with io.TextIOWrapper(open_bytes(path), encoding) as text:
         stream = JsonStream(text)
         try: return "list" if stream.skip("{") and find_list(stream) else "values"

@@ -160,17 +160,25 @@ def plain(value):
 # %% ../../nbs/10_shop.tables.ipynb #c013p
 BLOWN = f"unpacks to more than {UNPACKED} times its size; write it again in smaller files."
 
-def parquet_batches(path: Path, size: int = 1000) -> Iterator[tuple]:  # record batches, and how many bytes each unpacks to
+def parquet_batches(
+    path: Path,
+    size: int = 1000,                  # rows at a time, fewer where they are long
+    columns: list[str] | None = None,  # None: all
+) -> Iterator[tuple]:                  # record batches, and how many bytes each unpacks to
     "A Parquet file, a batch at a time, its texts as dictionaries; one that unpacks to far too much raises `BookError`."
     import pyarrow
     from pyarrow import parquet
     texts = [field.name for field in parquet.read_schema(path) if field.type in (pyarrow.string(), pyarrow.binary())]
     total = 0
     with parquet.ParquetFile(path, read_dictionary=texts) as file:
-        for batch in file.iter_batches(size):
-            total += (weight := sum(map(column_size, batch.columns)) + batch.num_rows)
+        for batch in file.iter_batches(size, columns=columns):
+            count, weight = batch.num_rows, sum(map(column_size, batch.columns)) + batch.num_rows
+            total += weight
             if total > max(LONGEST, UNPACKED * path.stat().st_size): raise BookError(BLOWN)
-            yield batch, weight
+            step = max(1, min(count, count * LONGEST // weight)) if count else 1
+            for start in range(0, count, step):
+                part = batch.slice(start, step)
+                yield part, weight * part.num_rows // count
 
 def column_size(column) -> int:
     "The bytes of a column's values, each as often as it stands there."
@@ -180,14 +188,12 @@ def column_size(column) -> int:
     return len(column) + (compute.sum(compute.take(compute.binary_length(column.dictionary), column.indices)).as_py() or 0)
 
 def parquet_rows(path: Path) -> Iterator[dict]:
-    "The rows of a Parquet file as it has them; long ones are unpacked a few at a time."
+    "The rows of a Parquet file as it has them."
     import pyarrow
     def values(column): return column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
-    for batch, weight in parquet_batches(path):
-        step = max(1, min(batch.num_rows, batch.num_rows * LONGEST // weight))
-        for start in range(0, batch.num_rows, step):
-            columns = [values(column).to_pylist() for column in batch.slice(start, step).columns]
-            for row in zip(*columns, strict=True): yield dict(zip(batch.schema.names, row, strict=True))
+    for batch, _ in parquet_batches(path):
+        columns = [values(column).to_pylist() for column in batch.columns]
+        for row in zip(*columns, strict=True): yield dict(zip(batch.schema.names, row, strict=True))
 
 # %% ../../nbs/10_shop.tables.ipynb #c014
 def plain_row(row: dict) -> dict | BookError:
