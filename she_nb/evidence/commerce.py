@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'WITHIN', 'RANKINGS', 'CHANGES', 'WEIGHTS', 'Pages', 'shelf_pages', 'ranking_scores', 'page_numbers',
-           'System', 'run_systems', 'against', 'changes_block', 'frontier_systems', 'frontier_figure', 'recall_figure']
+           'System', 'run_systems', 'against', 'changes_block', 'sign_reading', 'frontier_systems', 'frontier_figure',
+           'recall_figure']
 
 # %% ../../nbs/59_evidence.commerce.ipynb #com0002
 from collections.abc import Iterable, Mapping
@@ -157,6 +158,20 @@ def changes_block(
              "Orders": _change(row, "orders", " %"), "GMV": _change(row, "gmv", " %"), "Seeds": int(row["seeds"])}
             for name, row in changes.iterrows()]
     return table_block(pd.DataFrame(rows), caption)
+
+# %% ../../nbs/59_evidence.commerce.ipynb #com0020b
+def sign_reading(
+    predictions: pd.DataFrame,  # of one arm and seed, with levels
+    items: pd.DataFrame,        # from `market`
+    test: str = "wild",
+) -> dict[str, float]:          # shares of the signs; right, and by_chance; with_price: correlation, 0 where one sign is written
+    "What the written signs have to do with how items sell, and with their price."
+    rows = predictions[predictions["set"] == test].dropna(subset="level")
+    rows = rows.assign(item=rows["id"].str.partition("-")[2]).join(items[["level", "told"]].add_prefix("true_"), on="item")
+    shares, true = (rows[name].value_counts(normalize=True).reindex(range(3), fill_value=0.) for name in ("level", "true_level"))
+    varied = rows["level"].nunique() > 1
+    return {"-": shares[0], "none": shares[1], "+": shares[2], "right": (rows["level"] == rows["true_level"]).mean(),
+            "by_chance": float(shares @ true), "with_price": rows["level"].corr(rows["true_told"]) if varied else 0.}
 
 # %% ../../nbs/59_evidence.commerce.ipynb #com0022
 WEIGHTS = (0.0, WITHIN, 0.6, 1.0, 2.0, 4.0)  # of value (ours)
