@@ -363,6 +363,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'she_nb.book.settings.arms_of': ('book.settings.html#arms_of', 'she_nb/book/settings.py'),
                                       'she_nb.book.settings.check_rollouts': ( 'book.settings.html#check_rollouts',
                                                                                'she_nb/book/settings.py'),
+                                      'she_nb.book.settings.check_vllm': ('book.settings.html#check_vllm', 'she_nb/book/settings.py'),
                                       'she_nb.book.settings.load_settings': ('book.settings.html#load_settings', 'she_nb/book/settings.py'),
                                       'she_nb.book.settings.presets': ('book.settings.html#presets', 'she_nb/book/settings.py'),
                                       'she_nb.book.settings.settings_table': ( 'book.settings.html#settings_table',

@@ -40,7 +40,7 @@ from she_nb.book.graph import (
 from .kernels import SOCKET, call_or_run, warm
 from .plans import add_plan
 from .records import digest, parameters_of, read_record
-from .settings import SETTING_TYPES, presets, settings_table
+from .settings import SETTING_TYPES, check_vllm, presets, settings_table
 from .stages import StageError, declared, run_stage, stage_notebook
 from .transfer import add_transfer
 from ..serving.commands import add_judge, add_serve, share_of
@@ -90,8 +90,10 @@ def check_book(
         from she_nb.policy.models import check_model
         check_model(model)
     if book.settings.engine not in ("shared", "trl"):
-        from she_nb.policy.synced import check_training_engine
-        check_training_engine(book.settings.engine, book.settings.ranks, here)
+        check_vllm(book.settings.engine)
+        if here:
+            from she_nb.policy.synced import check_training_engine
+            check_training_engine(book.settings.engine, book.settings.ranks)
     if not book.catalog and not book.labels: return
     from she_nb.shop.catalog import load_catalog
     from she_nb.shop.judged import read_label_data

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'CHOICES', 'ENGINES', 'ADDRESS', 'SETTING_TYPES', 'TYPE_NAMES', 'RULES', 'WORLD', 'RL_CHANGES', 'CHANGES',
            'READ_BY', 'TaskSettings', 'WarmSettings', 'LearningSettings', 'Settings', 'arms_of', 'variant', 'presets',
-           'load_settings', 'check_rollouts', 'settings_table']
+           'load_settings', 'check_rollouts', 'check_vllm', 'settings_table']
 
 # %% ../../nbs/70_book.settings.ipynb #fc81721e
 import re
@@ -13,6 +13,7 @@ from configparser import ConfigParser
 from configparser import Error as IniError
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 
@@ -379,6 +380,16 @@ def check_rollouts(
     for key, (wanted, what) in needs.items():
         if wanted: raise BookError(f"engine = {engine} can't train {arm}: it {what}, which only the book's own rollout does; set "
                                    f"engine = shared, or {key} = 0.")
+
+# %% ../../nbs/70_book.settings.ipynb #en70a005
+def check_vllm(
+    engine: str,  # of training: vllm, or the address of its server
+) -> None:
+    "BookError for an engine whose package is not here, without loading PyTorch to say so (ours)."
+    if not find_spec("vllm"):
+        raise BookError(f"engine = {engine} trains by vLLM, which is not installed here; install she-nb[gpu] where there is a "
+                        "GPU, or call she-nb from .venv-vllm, which make test-vllm sets up; or set engine = shared.")
+
 
 # %% ../../nbs/70_book.settings.ipynb #9a4f7c52
 def settings_table(

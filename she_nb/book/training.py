@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
 
-from .settings import check_rollouts
+from .settings import check_rollouts, check_vllm
 from ..evidence.metrics import metrics
 from ..learning.judge import load_judge
 from ..learning.ppo import Answer, PPOTrainer, rated_answers
@@ -111,7 +111,9 @@ def train_arm(
     names = SimpleNamespace(**names)
     if names.sharding != "ddp" and base_of(names.model_dir):
         raise BookError(f"sharding = {names.sharding} spreads whole models, and this one has an adapter; set sharding = ddp.")
-    if trains_by_vllm(names.engine): check_training_engine(names.engine, names.ranks)
+    if trains_by_vllm(names.engine):
+        check_vllm(names.engine)
+        check_training_engine(names.engine, names.ranks)
     tokenizer = load_tokenizer(names.model_dir)
     limit = response_limit(names.data_dir, names.max_completion, tokenizer)
     config, pairs = arm_config(names, limit), selected_pairs(rl_prompts(names.data_dir), names.select_dir)

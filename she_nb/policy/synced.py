@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
 
@@ -48,19 +47,16 @@ def with_vllm(
 
 # %% ../../nbs/29_policy.synced.ipynb #en29a022
 def check_training_engine(
-    engine: str,        # vllm, or a server's address
-    ranks: int = 1,     # processes that share a step
-    here: bool = True,  # False: other machines train, and this one need only have the package
+    engine: str,     # vllm, or a server's address
+    ranks: int = 1,  # processes that share a step
 ) -> None:
-    "Raise `BookError` where vLLM can't train."
-    if not find_spec("vllm"):
-        raise BookError(f"engine = {engine} trains by vLLM, which is not installed here; install she-nb[gpu] where there is a "
-                        "GPU, or call she-nb from .venv-vllm, which make test-vllm sets up; or set engine = shared.")
-    if not here or torch.cuda.is_available(): return
+    "Raise `BookError` where vLLM can't train on this machine."
+    if torch.cuda.is_available(): return
     if is_address(engine):
         raise BookError(f"engine = {engine} sends weights from GPU to GPU, and this machine shows none; set engine = vllm.")
     if ranks > 1:
         raise BookError(f"engine = vllm takes a GPU for each of ranks = {ranks}, and this machine shows none; set ranks = 1.")
+
 
 # %% ../../nbs/29_policy.synced.ipynb #en29a025
 @contextmanager

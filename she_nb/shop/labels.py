@@ -14,6 +14,7 @@ __all__ = ['ZIP', 'UNSAID', 'PLAIN', 'HOLES', 'YES', 'TREC', 'LTR', 'FORMATS', '
 import io
 import json
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -319,7 +320,8 @@ def whole_document(
         if len(first) > 1 and isinstance(json.loads(first[0]), dict): return None
     except (ValueError, RecursionError): pass
     said = whole_text(path) if first else zipped(path)
-    if OBJECT * said.count("{") + LIST * said.count("[") > FIXED + TIMES * len(said):
+    weight = 2 * sys.getsizeof(said) + OBJECT * said.count("{") + LIST * said.count("[")
+    if weight > FIXED + TIMES * len(said):
         raise BookError(f"{path}: its objects are so small that they need more than {TIMES} times its size in memory; {WRITE}.")
     try: return json.loads(said)
     except (ValueError, RecursionError): return None
