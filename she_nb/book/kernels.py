@@ -248,19 +248,6 @@ def _run_kernel(*words):
     except NotWarm: os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *words])
 
 
-def _run_code(process, code):
-    "In a fork: take over the streams of a process, and run what stood behind its -c."
-    for stream, flags in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY | os.O_APPEND)):
-        os.dup2(os.open(f"/proc/{process}/fd/{stream}", flags), stream)
-    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
-
-
-def _run_python(*words):
-    "Be a Python with -c as its last option: wait for a fork that is one, or become one."
-    try: sys.exit(call("she_nb.book.kernels", "_run_code", os.getpid(), words[-1]))
-    except NotWarm: os.execv(sys.executable, [sys.executable, *words])
-
-
 def _lend_kernels(folder):
     "Tell Jupyter in this folder that a kernel of Python is `_run_kernel`; returns the environment of who should know."
     command = ["python", "-m", "she_nb.book.kernels", "kernel", "-f", "{connection_file}"]
@@ -274,6 +261,5 @@ if (__name__, __package__) == ("__main__", "she_nb.book"):
     if sys.argv[1] == "run":
         with warm(): sys.exit(subprocess.call(sys.argv[2:], env=_lend_kernels(os.path.dirname(os.environ[SOCKET]))))
     if sys.argv[1] == "kernel": _run_kernel(*sys.argv[2:])
-    if sys.argv[1] == "python": _run_python(*sys.argv[2:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
