@@ -241,18 +241,19 @@ from pathlib import Path
 import pyarrow.compute
 import pyarrow.parquet
 from she_nb.shop.catalog import load_catalog
-from she_nb.shop.products import read_products
+from she_nb.shop.labels import read_labels
 from she_nb.task import BookError
+HOW = {"load": lambda path: load_catalog(path).products, "labels": lambda path: list(read_labels(path).judgments)}
 def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-def take(path, load):
+def take(path, how):
     Path("/proc/self/clear_refs").write_text("5")
     floor = peak()
-    try: count = len(load_catalog(path).products if load else read_products(path)[0])
+    try: count = len(HOW[how](path))
     except BookError as error: count = 0 if "more than 20 times" in str(error) else -1
     print(path.rpartition("/")[2], count, peak() - floor, flush=True)
 for path in sys.argv[2:]:
     if os.fork() == 0:
-        take(path, sys.argv[1] == "load")
+        take(path, sys.argv[1])
         os._exit(0)
     os.wait()
 """
@@ -321,6 +322,24 @@ def test_short_rows_are_read_or_refused_within_twenty_times_the_file(tmp_path):
     for path, (count, peak) in zip(sizes, peaks(sizes, "load").values(), strict=True):
         assert peak < FIXED + 20 * sizes[path], f"{path}: {(peak - FIXED) / sizes[path]:.1f} times"
         assert (count > 0) == SHORT[path.stem][2] and count >= 0
+
+
+DOCUMENTS = {  # pairs of a Quepid book, and whether they are read
+    "empty": (lambda k: {}, False), "one": (lambda k: {"a": 1}, False), "inside": (lambda k: {"a": {}}, False),
+    "names": (lambda k: {f"k{k}": k}, True),
+    "pairs": (lambda k: {"query_text": f"a{k}", "doc_id": f"b{k}", "judgements": []}, True),
+    "letters": (lambda k: {"query_text": f"\N{HIGH-HEELED SHOE} {k}", "doc_id": "b", "judgements": [{"rating": k % 4}]}, True)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc")
+def test_a_document_of_labels_is_read_or_refused_within_twenty_times_the_file(tmp_path):
+    sizes = {tmp_path / f"{name}.json": 0 for name in DOCUMENTS}
+    for path in sizes:
+        pairs = list(map(DOCUMENTS[path.stem][0], range(300_000)))
+        sizes[path] = path.write_bytes(json.dumps({"query_doc_pairs": pairs}, ensure_ascii=False).encode())
+    for path, (count, peak) in zip(sizes, peaks(sizes, "labels").values(), strict=True):
+        assert peak < FIXED + 20 * sizes[path], f"{path}: {(peak - FIXED) / sizes[path]:.1f} times"
+        assert count == 300_000 * DOCUMENTS[path.stem][1]
 
 
 SOURCES = {
