@@ -287,7 +287,7 @@ def is_zip(path: Path) -> bool:
     if not path.is_file(): return False
     with path.open("rb") as file: return file.read(4) == ZIP
 
-def zipped(path: Path) -> str:
+def zipped(path: Path) -> bytes:
     "The one file of a zip."
     try:
         with zipfile.ZipFile(path) as archive:
@@ -296,7 +296,7 @@ def zipped(path: Path) -> str:
                 raise BookError(f"{path}: is an Excel workbook; save it as CSV UTF-8.")
             if len(files) != 1 or not files[0].filename.lower().endswith(".json") or files[0].file_size > LARGEST:
                 raise BookError(f"{path}: is no zip of one JSON file; unpack it, and name the file of judgments in it.")
-            return archive.read(files[0]).decode(errors="replace")
+            return archive.read(files[0])
     except BookError: raise
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError):
         raise BookError(f"{path}: is a zip that can't be opened; unpack it, and name the file of judgments in it.") from None
@@ -319,7 +319,9 @@ def whole_document(
     try:
         if len(first) > 1 and isinstance(json.loads(first[0]), dict): return None
     except (ValueError, RecursionError): pass
-    said = whole_text(path) if first else zipped(path)
+    packed = b"" if first else zipped(path)
+    try: said = whole_text(path) if first else packed.decode(json.detect_encoding(packed))
+    except UnicodeError: return None
     weight = 2 * sys.getsizeof(said) + OBJECT * said.count("{") + LIST * said.count("[")
     if weight > FIXED + TIMES * len(said):
         raise BookError(f"{path}: its objects are so small that they need more than {TIMES} times its size in memory; {WRITE}.")
