@@ -26,7 +26,7 @@ def queue(tmp_path):
     "A desk where Slurm's programs are scripts: the queue is empty, and no job is taken."
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("sbatch", "squeue", "scontrol", "sinfo", "scancel"):
+    for name in ("sbatch", "squeue", "scontrol", "sinfo", "scancel", "sacct", "sacctmgr"):
         (programs / name).write_text(SBATCH if name == "sbatch" else "#!/bin/sh\n")
         (programs / name).chmod(0o755)
     write_stages(tmp_path / "stages")
