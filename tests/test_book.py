@@ -12,6 +12,7 @@ import psutil
 import pytest
 from conftest import ROOT, Desk
 
+from she_nb.book.kernels import SOCKET
 from she_nb.evidence.evaluate import read_records
 
 BIN = Path(sys.executable).parent
@@ -22,9 +23,7 @@ AGAIN = ("train-grpo-s0", "evaluate-sft-s0", "evaluate-dpo-s0", "evaluate-grpo-s
 
 
 class Clone(Desk):
-    "A desk that is a clone, with the library that it holds."
-    shared = {}   # what the tests keep warm is another book's
-
+    "A desk that is a clone, with the library that it holds, and a warm process that has none but this one."
     def __init__(self, folder):
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         changed = subprocess.run(["git", "diff", "--binary", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
@@ -32,11 +31,15 @@ class Clone(Desk):
         super().__init__(folder)
         own = {name: value for name, value in self.env.items() if not name.startswith("SHE_NB_")}
         self.env = own | {"PYTHONPATH": str(folder)}
+        words = sys.executable, "-m", "she_nb.book.kernels", "run", "sh", "-c", f"echo ${SOCKET}; cat"
+        self.warm = subprocess.Popen(words, cwd=folder, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.shared = {SOCKET: self.warm.stdout.readline().strip()}
 
     def begin(self, *words):
         "Start make in the background; `ended` waits for it, so that two books can be made side by side."
         words = "make", "-o", ".venv/.book", f"BIN={BIN}", *words
-        self.process = subprocess.Popen(words, cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(words, cwd=self.folder, env=self.env | self.shared, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.PIPE)
 
     def ended(self):
         if not self.process.stderr.closed: self.said = self.process.communicate()[1].decode()
@@ -52,6 +55,7 @@ def clone(tmp_path_factory):
     yield clone
     clone.process.kill()  # where a test failed: she-nb sees its parent gone and takes its children with it
     clone.process.wait()
+    clone.warm.communicate()
 
 
 def records(desk): return {record["folder"].name: record for record in read_records(desk.reports / "book")}

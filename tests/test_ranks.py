@@ -11,7 +11,11 @@ from she_nb.book.launch import launch
 from she_nb.book.stages import StageError
 
 CASES = ("grpo", "srpo", "judge", "refill", "ppo")  # of ranks.py; the last two sample by pass rate and replace unanimous groups
-LIBRARY_NOISE = {"PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+RANKS = """
+import os, runpy, sys
+os.environ["CUDA_VISIBLE_DEVICES"], sys.argv = "", {arguments}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +23,10 @@ def runs(tmp_path_factory):
     "Four steps of every case in one, two and three processes, of one that was killed and continued, and with spread weights."
     out = tmp_path_factory.mktemp("ranks")
     script, root = Path(__file__).parent / "ranks.py", Path(__file__).parent.parent
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | LIBRARY_NOISE | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(script), str(out)], env=env, capture_output=True, text=True)
+    path = os.pathsep.join(map(str, filter(None, [root, script.parent, os.environ.get("PYTHONPATH")])))
+    words = "-m", "she_nb.book.kernels", "python", "-c", RANKS.format(arguments=[str(script), str(out)])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     def read(folder): return [torch.load(path, weights_only=True) for path in sorted((out / folder).glob("[0-9].pt"))]
     return read

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -132,7 +133,12 @@ def _handle_request(link, environment):
     print("begun", file=file, flush=True)
     threading.Thread(target=lambda: link.recv(1) or os._exit(1), daemon=True).start()  # nobody waits any more
     from jupyter_client.provisioning import local_provisioner
-    local_provisioner.launch_kernel = kernel.launch
+    plain = local_provisioner.launch_kernel
+    def launch(*command, **options):   # one kernel waits; those that follow it start the plain way
+        local_provisioner.launch_kernel = plain
+        return kernel.launch(*command, **options)
+
+    local_provisioner.launch_kernel = launch
     try: reply = {"result": getattr(import_module(request["module"]), request["function"])(*request["arguments"])}
     except Exception as error: reply = {"error": [type(error).__module__, type(error).__name__, str(error)]}
     print(json.dumps(reply, default=str), file=file, flush=True)
@@ -248,6 +254,26 @@ def _run_kernel(*words):
     except NotWarm: os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *words])
 
 
+def _python(process, code):
+    "In a fork: run code with another process's input and output; returns its exit status."
+    for place, how in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        opened = os.open(f"/proc/{process}/fd/{place}", how)
+        os.dup2(opened, place)
+        os.close(opened)
+    sys.argv = ["-c"]
+    try: exec(code, {"__name__": "__main__"})
+    except SystemExit as end: return end.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def _run_python(*words):
+    "Be `python -c CODE`: wait for a fork that is one, or become one."
+    try: sys.exit(call("she_nb.book.kernels", "_python", os.getpid(), words[-1]))
+    except NotWarm: os.execv(sys.executable, [sys.executable, *words])
+
+
 def _lend_kernels(folder):
     "Tell Jupyter in this folder that a kernel of Python is `_run_kernel`; returns the environment of who should know."
     command = ["python", "-m", "she_nb.book.kernels", "kernel", "-f", "{connection_file}"]
@@ -261,5 +287,6 @@ if (__name__, __package__) == ("__main__", "she_nb.book"):
     if sys.argv[1] == "run":
         with warm(): sys.exit(subprocess.call(sys.argv[2:], env=_lend_kernels(os.path.dirname(os.environ[SOCKET]))))
     if sys.argv[1] == "kernel": _run_kernel(*sys.argv[2:])
+    if sys.argv[1] == "python": _run_python(*sys.argv[2:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
