@@ -119,11 +119,10 @@ def outcomes(
 
 # %% ../../nbs/51_evidence.metrics.ipynb #1aefd760
 def step_metrics(
-    table: pd.DataFrame,     # distinct outcomes, as `outcomes` gives them
+    sums: dict[str, tuple[np.ndarray, np.ndarray]],  # by name, of distinct outcomes, as `part_and_whole` gives them
     counts: np.ndarray,      # pairs of each outcome, shape (..., outcomes); leading dimensions are resamples
-) -> dict[str, np.ndarray]:  # the metrics of `STEP_METRICS`, each of shape (...); NaN where no truth is known
+) -> dict[str, np.ndarray]:  # each of shape (...); NaN where no truth is known
     "Accuracy of each step, conclusions, all steps right, well-formedness, and the two rates of SRaR (2605.17291)."
-    sums = {name: part_and_whole(table, name) for name in STEP_METRICS}
     return {name: _ratio(counts @ part, counts @ whole) for name, (part, whole) in sums.items()}
 
 # %% ../../nbs/51_evidence.metrics.ipynb #111c67d7
@@ -145,12 +144,13 @@ def _count_metrics(table, counts):
     cell = (table["tier_true"].to_numpy(int) - 1) * 5 + table["tier_pred"].to_numpy(int)
     grid = np.eye(20)[cell]  # outcome -> its cell of the confusion table
     counts = counts.astype(float)
-    def metrics_of(rows, counts):
-        cells = (counts @ grid[rows]).reshape(*counts.shape[:-1], 4, 5)
-        return tier_metrics(cells) | step_metrics(table[rows], counts)
-    out = metrics_of(np.ones(len(table), bool), counts)
+    sums = {name: part_and_whole(table, name) for name in STEP_METRICS}
+    def tiers(rows): return tier_metrics((counts[..., rows] @ grid[rows]).reshape(*counts.shape[:-1], 4, 5))
+
+    out = tiers(slice(None)) | step_metrics(sums, counts)
     for label, rows in parts_of(table).items():
-        part = metrics_of(rows, counts[..., rows])
+        of_part = {name: (part[rows], whole[rows]) for name, (part, whole) in sums.items() if name in PART_METRICS}
+        part = tiers(rows) | step_metrics(of_part, counts[..., rows])
         out |= {f"{label}/{name}": part[name] for name in PART_METRICS}
     return out
 
