@@ -1,6 +1,7 @@
 """The claims of a report, computed again from its predictions in other code: plain loops and scikit-learn."""
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.metrics import f1_score
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = {"sft": (.8, .7), "dpo": (.85, .75), "grpo": (.9, .75), "srpo": (.92, .88)}  # how often steps and tier are right
 SEEDS, PAIRS = (0, 1, 2), 120
+COLUMNS = ["set", "id", "tier_true", "tier_pred", *(f"step_{k}" for k in range(1, 6))]
 
 
 def invented(steps, tier, pairs, rng):
@@ -47,10 +49,12 @@ def report(tmp_path_factory):
     return folder
 
 
-def rows_of(folder, arm, seed, test):
-    "The rows of one test set by pair."
-    table = pd.read_csv(folder / f"runs/evaluate-{arm}-s{seed}/predictions.csv.gz")
-    return {row["id"]: row for row in table[table["set"] == test].to_dict("records")}
+def rows_of(folder, arm, seed, test=None):
+    "The rows of one test set by pair; of both, where none is named, by test and pair."
+    table = pd.read_csv(folder / f"runs/evaluate-{arm}-s{seed}/predictions.csv.gz", usecols=COLUMNS)
+    rows = {name: {} for name in table["set"].unique()}
+    for row in table.to_dict("records"): rows[row["set"]][row["id"]] = row
+    return rows[test] if test else rows
 
 
 def seeds_of(folder, *arms):
@@ -66,7 +70,7 @@ def all_right(row):
 
 def measured(rows, name):
     if name == "all_steps":
-        values = [all_right(row) for row in rows if all_right(row) is not None]
+        values = [value for row in rows if (value := all_right(row)) is not None]
         return sum(values) / len(values)
     true, given = [row["tier_true"] for row in rows], [row["tier_pred"] for row in rows]
     return f1_score(true, given, labels=sorted(set(true)), average="macro", zero_division=0)
@@ -76,15 +80,16 @@ def claims_of(folder): return pd.read_csv(folder / "claims.csv").to_dict("record
 
 
 def check_effects(folder):
-    claims, cache = claims_of(folder), {}
+    claims = claims_of(folder)
+    @cache
+    def numbers(arm, seed):
+        return {f"{test}/{name}": measured(list(rows.values()), name) for test, rows in rows_of(folder, arm, seed).items()
+                for name in ("all_steps", "macro_f1")}
+
     for claim in claims:
-        arm, rival = claim["arms"].split(",")
-        test, name = claim["metric"].split("/")
-        for seed in (seeds := seeds_of(folder, arm, rival)):
-            for who in (arm, rival):
-                if (key := (who, seed, test, name)) not in cache:
-                    cache[key] = measured(list(rows_of(folder, who, seed, test).values()), name)
-        differences = [cache[arm, seed, test, name] - cache[rival, seed, test, name] for seed in seeds]
+        (arm, rival), metric = claim["arms"].split(","), claim["metric"]
+        seeds = seeds_of(folder, arm, rival)
+        differences = [numbers(arm, seed)[metric] - numbers(rival, seed)[metric] for seed in seeds]
         assert claim["seeds"] == len(seeds), claim
         assert claim["effect"] == pytest.approx(sum(differences) / len(seeds), abs=1e-9), claim
     return claims
