@@ -12,7 +12,7 @@ from she_nb.book.kernels import SOCKET
 ROOT = Path(__file__).resolve().parent.parent
 
 class Desk:
-    "A folder with its own work/ and reports/, in which the command runs; `start` runs what is to be killed, and shares nothing."
+    "A folder with its own work/ and reports/, in which the command runs; `start` runs what is to be killed."
     shared = {name: os.environ[name] for name in [SOCKET] if name in os.environ}   # the warm process of the tests
 
     def __init__(self, folder, stages=None):
@@ -28,8 +28,8 @@ class Desk:
     def run(self, *words):
         return subprocess.run(self.words(*words), cwd=self.folder, env=self.env | self.shared, capture_output=True, text=True)
 
-    def start(self, *words):
-        return subprocess.Popen(self.words(*words), cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL,
+    def start(self, *words, shared=()):   # with imports of its own, unless it gets those that `run` shares
+        return subprocess.Popen(self.words(*words), cwd=self.folder, env=self.env | dict(shared), stdout=subprocess.DEVNULL,
                                 stderr=subprocess.DEVNULL, start_new_session=True)
 
     def files(self):
@@ -39,12 +39,14 @@ class Desk:
 
 @pytest.hookimpl(optionalhook=True)     # the environment of vLLM has no pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
-    "A process runs all tests of a file, which share what they make; every notebook is a file of its own."
+    """A process runs all tests of a file, which share what they make; every notebook is a file of its own, but the two that
+    measure trainers: their processes are forked from one that imports the trainers once."""
     from xdist.scheduler import LoadScopeScheduling
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, _ = nodeid.partition("::")
-            return nodeid if file.endswith("test_notebooks.py") else file
+            if not file.endswith("test_notebooks.py"): return file
+            return "benchmark" if nodeid.endswith("benchmark]") else nodeid
     return ByFile(config, log)
 
 
