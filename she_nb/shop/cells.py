@@ -42,7 +42,8 @@ def plain_text(text: str) -> str:
 
 # %% ../../nbs/10_shop.cells.ipynb #c009
 BLOCKS = re.compile(r"</?(?:li|br|p|div|tr|ul|ol)\b[^<>]*>", re.IGNORECASE)
-WORDS = {"|": r".{1,60}", ";": r".{1,60}", ",": r"[^\W\d]\S*(?: \S+){0,2}", "/": r"[^\W\d]{3,}(?: [^\W\d]{3,})?"}
+WORDS = {"\n": r".{1,60}", "|": r".{1,60}", ";": r".{1,60}",
+         ",": r"[^\W\d]\S*(?: \S+){0,2}", "/": r"[^\W\d]{3,}(?: [^\W\d]{3,})?"}
 PART = {mark: re.compile(pattern) for mark, pattern in WORDS.items()}
 LAST = re.compile(r"^(?:and|or|&|und|oder|et|ou|y|e)\s+")
 
@@ -97,7 +98,8 @@ def levels_of(
     if isinstance(value, str) and value[:1] in ("[", "{") and (parsed := parsed_text(value)) is not None: value = parsed
     if value is None or value == "" or value == []: return []
     if isinstance(value, dict): value = next((value[key] for key in ("name", "title", "value") if key in value),
-                                             list(value.values()))
+                                             [item for key, item in value.items() if not str(key).startswith("$")])
+    if isinstance(value, str) and "\n" in value.strip(): value = value.strip().split("\n")
     if isinstance(value, str):
         paths = [path for path in re.split(rf"(?<!\\){re.escape(lists)}", value) if path.strip()] if lists else [value]
         return deepest(split_path(path.replace(f"\\{lists}", lists) if lists else path, mark) for path in paths)

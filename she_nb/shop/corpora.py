@@ -17,10 +17,11 @@ from itertools import chain, repeat
 from pathlib import Path
 
 from .attributes import wishable
-from .columns import KNOWN, Mapping, key, recognise
+from .columns import Mapping, recognise
 from .feeds import ROWS, Feed, counted, fields_of, finished, name_of
 from .judgments import FIELDS, ITEM_FIELDS, Judgment, item_of, roles_of
 from .labels import Labels, cell_text, read_labels, shown_columns, text_lines
+from .layouts import KNOWN, key
 from .products import Product, clean_text, clean_word, read_attributes, read_category, read_name, read_price
 from .tables import Table, parquet_batches, read_table
 from ..task import BookError

@@ -7,7 +7,8 @@ __all__ = ['cached_levels', 'SHORTENED', 'CUT', 'CODED', 'NOTHING', 'FIXED', 'TI
            'Reading', 'named_counts', 'warnings_of', 'name_of', 'own_name', 'Feed', 'source_of', 'source_notes',
            'Budget', 'survey', 'counted', 'stated', 'some_stated', 'price_of', 'category_of', 'attributes_of',
            'fields_of', 'title_of', 'finished', 'plain_rows', 'usable', 'inherited', 'variant_rows', 'see_family',
-           'surcharged', 'family_rows', 'filled', 'see_woo', 'woo_rows', 'see_magento', 'magento_rows', 'product_rows']
+           'surcharged', 'family_rows', 'filled', 'see_woo', 'woo_rows', 'bundled', 'price_in', 'bundle_rows', 'bought',
+           'see_magento', 'magento_rows', 'product_rows']
 
 # %% ../../nbs/11_shop.feeds.ipynb #c002
 import re
@@ -18,7 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from .cells import PathForm, PriceForm, amount, levels_of, money, pairs_of, plain_text, read_details
-from .columns import CATEGORY_WORDS, KNOWN, LAYOUTS, Mapping, check_mapping, key, read_mapping, recognise
+from .columns import CATEGORY_WORDS, Mapping, check_mapping, read_mapping, recognise
+from .layouts import KNOWN, LAYOUTS, TRAIT_KEYS, key
 from .nested import Row
 from .sources import Folders, Tags
 from .tables import read_table, unpacked_size
@@ -173,6 +175,8 @@ def survey(feed: Feed) -> None:
         count += 1
         if isinstance(row, BookError): continue
         if isinstance(value := row.get(price), str): feed.prices.see(value)
+        for one in bundled(row, mapping) if mapping.variants else ():
+            if isinstance(cost := price_in(one), str): feed.prices.see(cost)
         if value and currency and isinstance(code := row.get(currency),
                                              str) and code.strip(): feed.prices.see(f"1 {code.strip()}")
         if feed.source: feed.source.see(row)
@@ -323,6 +327,8 @@ def variant_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
             feed.reading.skipped["pictures"] += 1
             continue
         fields, count = fields_of(feed, row), count + 1
+        if not mapping.group:                                # then the first one's id is that of its group
+            fields["group"] = fields["id"] or f"row-{number}" if new else first["group"]
         if new: first, own = fields, set(map(str, heads.values()))
         else: fields = inherited(fields, first, own)
         if not fields["id"] or fields["id"] in seen or mapping.id == mapping.group: fields["id"] = f"{fields['group']}-{count}"
@@ -382,6 +388,44 @@ def woo_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
                 parent)) | {"group": str(row["Parent"])})
         else: yield number, finished(feed, fields_of(feed, row))
 
+# %% ../../nbs/11_shop.feeds.ipynb #bun0002
+def bundled(row: dict, mapping: Mapping) -> list[dict]:
+    "The variants that a row lists."
+    listed = row.get(mapping.variants)
+    return listed if isinstance(listed, list) and all(isinstance(one, dict) for one in listed) else []
+
+def price_in(variant: dict):
+    "What a variant of a list costs, as it is written."
+    lower = {key(name): value for name, value in variant.items()}
+    return next((lower[name] for name in ("price", "saleprice", "regularprice", "amount") if lower.get(name)), None)
+
+def bundle_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
+    "A product for each variant in a row's list: its own id, price and options, all else of the row."
+    mapping = feed.mapping
+    for number, row in rows:
+        if isinstance(row, BookError): yield number, row; continue
+        if not (variants := bundled(row, mapping)): yield number, finished(feed, fields_of(feed, row)); continue
+        names = [name_of(one) for one in options] if isinstance(options := row.get("options"), list) else []
+        first = fields_of(feed, row)
+        for place, one in enumerate(variants, 1):
+            fields = first | bought(feed, one, names)
+            fields |= {"group": first["group"] or first["id"], "id": fields["id"] or f"{first['id'] or f'row-{number}'}-{place}"}
+            fields["price"] = fields["price"] or first["price"]
+            yield number, finished(feed, fields | {"attributes": first["attributes"] | fields["attributes"]})
+
+def bought(feed: Feed, variant: dict, names: list) -> dict:
+    "What a variant of a list states: Shopify numbers its options, others list them."
+    lower, problems = {key(name): value for name, value in variant.items()}, []
+    pairs = [(name, lower.get(f"option{place}")) for place, name in enumerate(names, 1) if name != "Title"]
+    for name in ("attributes", "options", "optionvalues", "selectedoptions"):
+        try: pairs += pairs_of(lower.get(name))
+        except BookError: feed.reading.dropped[name] += 1
+    pairs += [(name, value) for name, value in variant.items() if key(name) in TRAIT_KEYS]
+    stated = [(name, value) for name, value in pairs if value not in (None, "")]
+    fields = {"price": price_of(feed, price_in(variant), problems), "attributes": read_details(stated, feed.reading.dropped),
+              "id": name_of(lower.get("sku") or lower.get("id") or lower.get("idx"))}
+    return fields | ({"problems": problems} if problems else {})
+
 # %% ../../nbs/11_shop.feeds.ipynb #c027
 def see_magento(feed: Feed, row: dict) -> None:
     "Remember the children of a configurable product."
@@ -410,4 +454,4 @@ def product_rows(feed: Feed, rows: Iterator[Row]) -> Iterator[Row]:
         else: yield number, row if isinstance(row, BookError) else finished(feed, fields_of(feed, row))
 
 ROWS = {"": plain_rows, "variants": variant_rows, "families": family_rows, "parents": woo_rows, "views": magento_rows,
-        "products": product_rows}
+        "products": product_rows, "bundles": bundle_rows}

@@ -93,7 +93,7 @@ def quoting_of(
     encoding: str,
     separator: str,       # one of SEPARATORS
 ) -> tuple[dict, bool]:   # what `csv.reader` takes, and whether some rows are broken
-    "How a table is quoted: strictly, with backslashes, not at all, or strictly but for some rows."
+    "How a table is quoted: strictly, with blanks around, with backslashes, not at all, or strictly but for some rows."
     strict = {"delimiter": separator, "strict": True}
     try:
         deque(cells(path, encoding, strict), maxlen=0)
@@ -101,6 +101,10 @@ def quoting_of(
     except csv.Error: pass
     forms = [strict | {"quoting": csv.QUOTE_NONE}] if separator in "\t|" else []
     if any('\\"' in line for line in lines(path, encoding)): forms.insert(0, strict | {"escapechar": "\\", "doublequote": False})
+    padded = strict | {"strict": False, "skipinitialspace": True}
+    behind = re.compile(rf'"[ \t]+(?:{re.escape(separator)}|$)')
+    if any(map(behind.search, lines(path, encoding))) and clean_rows(path, encoding, padded, whole=True) == 1:
+        return padded, False
     for form in forms:
         if clean_rows(path, encoding, form) >= .99: return form, False
     return strict, True
@@ -109,6 +113,7 @@ def clean_rows(
     path: Path,
     encoding: str,
     form: dict,        # what `csv.reader` takes
+    whole: bool = False,  # whether rows need as many cells as the header
 ) -> float:            # -1 where the form does not fit
     "What share of rows has no more cells than the header."
     rows, count, ragged = cells(path, encoding, form), 0, 0
@@ -117,6 +122,7 @@ def clean_rows(
         for row in rows:
             count += 1
             if len(row) > width: ragged += any(row[width:])
+            elif whole: ragged += len(row) < width
     except csv.Error: return -1
     return 1 - ragged / max(count, 1)
 
