@@ -17,6 +17,8 @@ SYSTEMS = {
                     attributes="gender=googleshoppinggender age-group=googleshoppingagegroup"),
     "WooCommerce": dict(has="type parent regularprice|price", id="id", category="categories", title="name", brand="brands|brand",
                         price="regularprice|price", lists=",", options="attribute{}name=attribute{}values", rows="parents"),
+    "Akeneo": dict(has="categories family|familyvariant name", id="sku|identifier|code", group="parent", category="categories",
+                   title="name", lists=","),
     "Magento 2": dict(has="sku storeviewcode|additionalattributes categories|category", id="sku", title="name",
                       category="categories", brand="manufacturer|brand", lists=",", paths="/", root="Default Category",
                       details="additionalattributes", rows="views"),
