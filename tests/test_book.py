@@ -12,7 +12,6 @@ import psutil
 import pytest
 from conftest import ROOT, Desk
 
-from she_nb.book.kernels import SOCKET
 from she_nb.evidence.evaluate import read_records
 
 BIN = Path(sys.executable).parent
@@ -23,7 +22,9 @@ AGAIN = ("train-grpo-s0", "evaluate-sft-s0", "evaluate-dpo-s0", "evaluate-grpo-s
 
 
 class Clone(Desk):
-    "A desk that is a clone, with the library that it holds, and a warm process that has none but this one."
+    "A desk that is a clone, with the library that it holds."
+    shared = {}   # what the tests keep warm is another book's
+
     def __init__(self, folder):
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         changed = subprocess.run(["git", "diff", "--binary", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
@@ -31,15 +32,11 @@ class Clone(Desk):
         super().__init__(folder)
         own = {name: value for name, value in self.env.items() if not name.startswith("SHE_NB_")}
         self.env = own | {"PYTHONPATH": str(folder)}
-        words = sys.executable, "-m", "she_nb.book.kernels", "run", "sh", "-c", f"echo ${SOCKET}; cat"
-        self.warm = subprocess.Popen(words, cwd=folder, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.shared = {SOCKET: self.warm.stdout.readline().strip()}
 
     def begin(self, *words):
         "Start make in the background; `ended` waits for it, so that two books can be made side by side."
         words = "make", "-o", ".venv/.book", f"BIN={BIN}", *words
-        self.process = subprocess.Popen(words, cwd=self.folder, env=self.env | self.shared, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(words, cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def ended(self):
         if not self.process.stderr.closed: self.said = self.process.communicate()[1].decode()
@@ -55,7 +52,6 @@ def clone(tmp_path_factory):
     yield clone
     clone.process.kill()  # where a test failed: she-nb sees its parent gone and takes its children with it
     clone.process.wait()
-    clone.warm.communicate()
 
 
 def records(desk): return {record["folder"].name: record for record in read_records(desk.reports / "book")}
@@ -74,9 +70,9 @@ def wait_for(line, path, process, seconds=400):
         time.sleep(.05)
 
 
-def warm_process(process):
-    "The process from which all stages of a running book are forked."
-    return next(child for child in psutil.Process(process.pid).children() if "she_nb.book.kernels" in child.cmdline())
+def warm_processes(process):
+    "The process from which all stages of a running book are forked, unless it shares another's."
+    return [child for child in psutil.Process(process.pid).children() if "she_nb.book.kernels" in child.cmdline()]
 
 
 def test_killed_in_training_ends_with_the_same_numbers(tmp_path, clone):
@@ -87,12 +83,13 @@ def test_killed_in_training_ends_with_the_same_numbers(tmp_path, clone):
     log = desk.work / "book/logs/train-srpo-s0.log"
     process = desk.start(*MICRO)
     wait_for("step 5 of 12", log, process)  # behind the first checkpoint
-    warm_process(process).kill()            # the stages die and the command does not: it sees them fail
+    warm_processes(process)[0].kill()       # the stages die and the command does not: it sees them fail
     assert process.wait(60)
     assert "the process was killed" in log.with_suffix(".error").read_text()
     log.unlink()
     process = desk.start(*MICRO, shared=desk.shared)   # its stages have another parent, and die with it all the same
     wait_for("step 8 of 12", log, process)
+    assert bool(warm_processes(process)) != bool(desk.shared)
     process.kill()
     process.wait()
     assert "continuing from checkpoint-3" in log.read_text()

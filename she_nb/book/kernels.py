@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from ..task import root
@@ -254,24 +254,41 @@ def _run_kernel(*words):
     except NotWarm: os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *words])
 
 
-def _python(process, code):
-    "In a fork: run code with another process's input and output; returns its exit status."
-    for place, how in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
-        opened = os.open(f"/proc/{process}/fd/{place}", how)
-        os.dup2(opened, place)
-        os.close(opened)
-    sys.argv = ["-c"]
+def _python(address, code, arguments):
+    "In a fork: run code with another process's input and output; returns what it gives to `sys.exit`."
+    with socket.socket(socket.AF_UNIX) as link:
+        link.connect(address)
+        for place, received in enumerate(socket.recv_fds(link, 1, 3)[1]):
+            os.dup2(received, place)
+            os.close(received)
+    ctypes.CDLL(None).prctl(1, 0)                # who waits ends it, not the warm process
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["-c", *arguments]
     try: exec(code, {"__name__": "__main__"})
     except SystemExit as end: return end.code
     except BaseException:
         traceback.print_exc()
         return 1
+    finally:
+        import atexit
+        threading._shutdown()
+        atexit._run_exitfuncs()
 
 
 def _run_python(*words):
     "Be `python -c CODE`: wait for a fork that is one, or become one."
-    try: sys.exit(call("she_nb.book.kernels", "_python", os.getpid(), words[-1]))
-    except NotWarm: os.execv(sys.executable, [sys.executable, *words])
+    def lend():
+        with suppress(OSError): socket.send_fds(listening.accept()[0], [b"."], [0, 1, 2])   # closed, where nothing is warm
+
+    place = words.index("-c") + 1
+    with tempfile.TemporaryDirectory(prefix="she-nb-") as folder, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"{folder}/socket")
+        listening.listen(1)
+        threading.Thread(target=lend, daemon=True).start()
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)   # the fork gets it, too
+        try: sys.exit(call("she_nb.book.kernels", "_python", f"{folder}/socket", words[place], words[place + 1:]))
+        except NotWarm: signal.signal(signal.SIGINT, handler)
+    os.execv(sys.executable, [sys.executable, *words])
 
 
 def _lend_kernels(folder):
