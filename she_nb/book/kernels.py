@@ -254,6 +254,15 @@ def _run_kernel(*words):
     except NotWarm: os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *words])
 
 
+def _lend_kernels(folder):
+    "Tell Jupyter in this folder that a kernel of Python is `_run_kernel`; returns the environment of who should know."
+    command = ["python", "-m", "she_nb.book.kernels", "kernel", "-f", "{connection_file}"]
+    os.makedirs(f"{folder}/kernels/python3")
+    with open(f"{folder}/kernels/python3/kernel.json", "w") as file:
+        json.dump({"argv": command, "display_name": "Python 3", "language": "python"}, file)
+    return os.environ | {"JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))}
+
+# %% ../../nbs/73_book.kernels.ipynb #9d31c2ac
 def _python(address, code, arguments):
     "In a fork: run code with another process's input and output; returns what it gives to `sys.exit`."
     with socket.socket(socket.AF_UNIX) as link:
@@ -289,15 +298,6 @@ def _run_python(*words):
         try: sys.exit(call("she_nb.book.kernels", "_python", f"{folder}/socket", words[place], words[place + 1:]))
         except NotWarm: signal.signal(signal.SIGINT, handler)
     os.execv(sys.executable, [sys.executable, *words])
-
-
-def _lend_kernels(folder):
-    "Tell Jupyter in this folder that a kernel of Python is `_run_kernel`; returns the environment of who should know."
-    command = ["python", "-m", "she_nb.book.kernels", "kernel", "-f", "{connection_file}"]
-    os.makedirs(f"{folder}/kernels/python3")
-    with open(f"{folder}/kernels/python3/kernel.json", "w") as file:
-        json.dump({"argv": command, "display_name": "Python 3", "language": "python"}, file)
-    return os.environ | {"JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))}
 
 # %% ../../nbs/73_book.kernels.ipynb #bacddae1
 if (__name__, __package__) == ("__main__", "she_nb.book"):

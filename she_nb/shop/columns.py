@@ -302,6 +302,7 @@ def rows_of(sample: Sample, title: tuple[str, ...], fields: dict[str, str]) -> s
     priced = sum(bool(row.get(fields["id"]) or row.get(fields["price"])) for row in untitled)
     return "variants" if priced > len(sample.rows) / 10 and priced > len(untitled) / 2 and len(title) == 1 else ""
 
+# %% ../../nbs/11_shop.columns.ipynb #c022u
 def unique(sample: Sample, name: str) -> bool:
     "Whether a column of this name tells rows apart."
     values = list(map(str, sample.values(sample.by_key[name]))) if name in sample.by_key else []

@@ -294,6 +294,7 @@ def json_table(
     names = {"lines": "JSON, an object a line", "values": "JSON objects", "list": "a JSON list"}
     return Table(str(path), names[form], columns_of(rows), rows)
 
+# %% ../../nbs/10_shop.nested.ipynb #c025w
 WRAPPERS = ("_source", "node", "fields", "attributes")  # of Elasticsearch, GraphQL, Django, JSON:API
 
 def lifted(row: dict | BookError) -> dict | BookError:
