@@ -53,8 +53,8 @@ test: .venv/.test
 	$(BIN)/ruff check
 	@rm -rf work/made
 	SHE_NB_MADE="$(abspath work/made)" OMP_NUM_THREADS=1 $(BIN)/python -m she_nb.book.kernels run \
-	  $(BIN)/pytest tests --tx '4*popen//python=$(BIN)/python -m she_nb.book.kernels python' --dist loadscope \
-	  --no-loadscope-reorder --max-worker-restart 16  # four workers whose imports are done; the longest file first, notebooks last
+	  $(BIN)/pytest tests --tx '3*popen//python=$(BIN)/python -m she_nb.book.kernels python' --dist loadscope \
+	  --no-loadscope-reorder --max-worker-restart 12  # three workers whose imports are done; the longest file first, notebooks last
 
 # the engines against each other with the real vLLM, in an environment of its own; no part of `make test`
 test-vllm: .venv-vllm/.made

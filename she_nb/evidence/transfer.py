@@ -275,7 +275,9 @@ def moves_figure(
                 _square(ax, moves[(moves["arm"] == arm) & (moves["measure"] == name)], shops)
             line[0].set_ylabel(f"{arm_style(arm)[0]}, trained in")
         for ax, name in zip(axes[0], measures, strict=True): ax.set_title(MEASURES[name].label)
-        for ax in axes[-1]: ax.set_xlabel("tested in")
+        for ax in axes[-1]:
+            ax.set_xlabel("tested in")
+            plt.setp(ax.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")   # names of shops are long
     return figure
 
 # %% ../../nbs/59_evidence.transfer.ipynb #trf0040
