@@ -150,7 +150,7 @@ def by_words(sample: Sample, columns: list[str], named: re.Pattern = CATEGORY_WO
         texts = list(map(str, sample.values(column))) if named.search(key(column)) else []
         worded = sum(names_shelf(text) and "://" not in text and len(text) < 1000 for text in texts)
         several = len(texts) < 10 or 1 < len(set(texts)) <= len(texts) / 2
-        if set(" ".join(texts[:100]).lower().split()) <= TYPES: continue
+        if set(re.findall(r"[^\W\d_]+", " ".join(texts[:100]).lower())) <= TYPES: continue
         if worded > len(texts) / 2 and several: found[column] = len(texts)
     return (max(found, key=found.get),) if found else ()
 
@@ -268,7 +268,7 @@ def recognise(table: Table) -> Mapping:
     if not name: attributes |= telling_columns(sample, taken | set(attributes.values()))
     kept = {word: layout[word] for word in ("paths", "lists", "root", "rows") if word in layout}
     if len(category) == 1 and not category_from and "root" not in kept: kept["root"] = shared_root(sample, category[0])
-    if not name: kept |= {"rows": rows_of(sample, title, fields), "lists": ";" * semicolons(sample, category)}
+    if not name: kept |= {"rows": rows_of(sample, category, title, fields), "lists": ";" * semicolons(sample, category)}
     if not kept.get("rows") and (variants := bundles(sample)): kept |= {"rows": "bundles", "variants": variants}
     return Mapping(name or "proposed", title, category, category_from, details=tuple(details), attributes=attributes,
                    options=options, **fields, **kept)
@@ -296,10 +296,11 @@ def semicolons(sample: Sample, category: tuple[str, ...]) -> bool:
     texts = [plain_text(value) for value in sample.values(category[0]) if isinstance(value, str)] if len(category) == 1 else []
     return sum(bool(re.search(r"\w\s*;\s*\w", text)) for text in texts) > 1
 
-def rows_of(sample: Sample, title: tuple[str, ...], fields: dict[str, str]) -> str:
-    "variants, where rows without a title follow one that has it, and state an id of their own or a price."
+def rows_of(sample: Sample, shared: tuple[str, ...], title: tuple[str, ...], fields: dict[str, str]) -> str:
+    "variants, where rows that state neither title nor category have an id of their own or a price."
     untitled = [row for row in sample.rows if not any(row.get(column) for column in title)]
-    priced = sum(bool(row.get(fields["id"]) or row.get(fields["price"])) for row in untitled)
+    bare = [row for row in untitled if not any(row.get(column) for column in shared)]
+    priced = sum(bool(row.get(fields["id"]) or row.get(fields["price"])) for row in bare)
     return "variants" if priced > len(sample.rows) / 10 and priced > len(untitled) / 2 and len(title) == 1 else ""
 
 # %% ../../nbs/11_shop.columns.ipynb #c022u

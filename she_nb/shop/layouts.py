@@ -143,9 +143,10 @@ def key(name: str) -> str:
     return "".join(letter for letter in name if letter.isalnum())
 
 def bare_key(name: str) -> str:
-    "The same without a table's name before it and a language behind it: of `product.name.en_US`, `name`."
-    if not re.fullmatch(r"[\w.\-]+", str(name).strip()): return key(name)
-    return key(re.sub(r"[.\-_ ](?:[a-z]{2}[-_][A-Za-z]{2}|en|de)(?:[-.]\w+)?$", "", str(name).strip()).rpartition(".")[2])
+    "The same without a product table's name before it and a language behind it: of `product.name.en_US`, `name`."
+    if not re.fullmatch(r"[\w.\-]+", name := str(name).strip()): return key(name)
+    name = re.sub(r"^(?:product|item|article)\w*\.", "", name)   # `brand.name` is the name of no product
+    return key(re.sub(r"[.\-_](?:[a-z]{2}[-_][A-Za-z]{2}|en|de)(?:[-.]\w+)?$", "", name))
 
 KNOWN = {role: [key(name) for name in names.split()] for role, names in ROLES.items()}
 TRAIT_KEYS = set(map(key, TRAITS))

@@ -295,13 +295,15 @@ def json_table(
     return Table(str(path), names[form], columns_of(rows), rows)
 
 # %% ../../nbs/10_shop.nested.ipynb #c025w
-WRAPPERS = ("_source", "node", "fields", "attributes")  # of Elasticsearch, GraphQL, Django, JSON:API
+WRAPPERS = ("_source", "node", "fields", "attributes")  # of Elasticsearch, GraphQL, Django, JSON:API; the last two may be plain
 
 def lifted(row: dict | BookError) -> dict | BookError:
     "The product inside a row that wraps it, or that lists its fields by name as Solr does."
     if isinstance(row, BookError) or "title" in row or "name" in row: return row
-    inner = next((row[name] for name in WRAPPERS if isinstance(row.get(name), dict)), None)
-    if inner: return {name: value for name, value in row.items() if not isinstance(value, (dict, list))} | inner
+    for wrapper in WRAPPERS:
+        inner = row.get(wrapper)
+        if isinstance(inner, dict) and (wrapper in WRAPPERS[:2] or "title" in inner or "name" in inner):
+            return {name: value for name, value in row.items() if name != wrapper} | inner
     listed = next(iter(row.values())) if len(row) == 1 else None
     if not isinstance(listed, list) or not all(isinstance(item, dict) and item.keys() == {"name", "value"} for item in listed):
         return row
