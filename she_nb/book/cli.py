@@ -441,6 +441,8 @@ def parser() -> Parser:
         command.add_argument("--preset", default="tiny", help="section of settings.ini (tiny)")
         command.add_argument("--catalog", default="", help="your catalogue: the export of any shop; see she-nb catalog")
         add_reading(command)
+        command.add_argument("--labels", default="", help="people's labels, to train on and to be judged by")
+        add_options(command, LABEL_OPTIONS)
         command.add_argument("--name", default="", help="folder under work/ and reports/")
         command.add_argument("--cores", type=int, default=os.cpu_count(), help="cores to use at once (all)")
         add_cluster(command)
@@ -448,8 +450,6 @@ def parser() -> Parser:
         command.add_argument("--force", action="store_true", help="run everything again")
         for folder in ("work", "reports"):
             command.add_argument(f"--{folder}", default="", help=f"use this folder as {folder}/")
-    commands.choices["book"].add_argument("--labels", default="", help="people's labels, to train on and to be judged by")
-    add_options(commands.choices["book"], LABEL_OPTIONS)
     stage = commands.add_parser("stage", help="run one stage notebook", description="run one stage notebook")
     stage.set_defaults(run=stage_command)
     stage.add_argument("stage", help="data, sft, dpo, judge, ask, select, train, evaluate, ... or a study")

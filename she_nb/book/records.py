@@ -168,12 +168,12 @@ def parameters_of(
     return dict(sorted(parameters.items())) | {"inputs": json.loads(names.get("inputs") or "{}")}
 
 # %% ../../nbs/72_book.records.ipynb #e4029619
-def code_state() -> tuple[str, bool]:  # commit ("unknown" outside git), whether tracked files differ from it
-    "The state of the code that ran (ours)."
+def code_state() -> tuple[str, bool]:  # commit (outside git SHE_NB_COMMIT, or "unknown"), whether tracked files differ from it
+    "The state of the code that ran (ours); a copy outside git must be that of the commit it names."
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
     try: return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno", "--", ".", ":!reports"))
-    except (OSError, subprocess.CalledProcessError): return "unknown", False
+    except (OSError, subprocess.CalledProcessError): return os.environ.get("SHE_NB_COMMIT") or "unknown", False
 
 # %% ../../nbs/72_book.records.ipynb #5b754da9
 def package_versions() -> dict[str, str]:  # {"torch": "2.13.0", ...}; what is not installed is left out

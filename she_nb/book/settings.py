@@ -57,7 +57,7 @@ class WarmSettings(TaskSettings):
     sft_batch: int  # chains per step
     sft_lr: float  # its learning rate
     sft_muon_lr: float  # of Muon, for the matrices of the layers; 0: AdamW for all
-    teacher: str  # whose chains it imitates: annotator, truth, or valued, the annotator's with signs that say nothing yet
+    teacher: str  # whose chains it imitates: annotator, truth, valued (the annotator's, with signs that say nothing yet) or none
     dpo_pairs: int  # pairs that the policy is asked about
     dpo_samples: int  # answers to each
     dpo_steps: int  # optimizer steps
@@ -143,7 +143,7 @@ CHOICES = {"dtype": ("fp32", "bf16"), "rule": ("full", "brief"), "order": ("thin
            "style": STYLES,
            "reading": ("group", "step", "return"), "slips": ("all", "shown"),
            "sharding": ("ddp", "fsdp2", "zero3"),
-           "teacher": ("annotator", "truth", "valued"), "dpo_prefer": ("tier", "steps"), "start": ("sft", "dpo"),
+           "teacher": ("annotator", "truth", "valued", "none"), "dpo_prefer": ("tier", "steps"), "start": ("sft", "dpo"),
            "reward": ("hybrid", "judge", "verifier", "oracle", "valued"),
            "selection": ("random", "rejection", "steps", "diversified", "dynamic"),
            "curriculum": ("single", "easy_to_hard", "hard_to_easy", "shuffled")}
