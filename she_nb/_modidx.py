@@ -2384,6 +2384,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'she_nb.shop.judged.item_sides': ('shop.judged.html#item_sides', 'she_nb/shop/judged.py'),
                                     'she_nb.shop.judged.join_items': ('shop.judged.html#join_items', 'she_nb/shop/judged.py'),
                                     'she_nb.shop.judged.join_opened': ('shop.judged.html#join_opened', 'she_nb/shop/judged.py'),
+                                    'she_nb.shop.judged.joined_groups': ('shop.judged.html#joined_groups', 'she_nb/shop/judged.py'),
                                     'she_nb.shop.judged.label_data': ('shop.judged.html#label_data', 'she_nb/shop/judged.py'),
                                     'she_nb.shop.judged.label_pair': ('shop.judged.html#label_pair', 'she_nb/shop/judged.py'),
                                     'she_nb.shop.judged.leaks_of': ('shop.judged.html#leaks_of', 'she_nb/shop/judged.py'),

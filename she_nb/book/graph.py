@@ -114,6 +114,8 @@ def open_book(
 ) -> Book:  # checked; BookError names what is wrong
     "Build a book from command-line arguments (ours)."
     settings = load_settings(root() / "settings.ini", preset, **overrides)
+    models = {key: getattr(settings, key) for key in ("model", "judge_model")}   # a folder by its place: stages run in their own
+    settings = replace(settings, **{key: str(Path(name).resolve()) for key, name in models.items() if Path(name).is_dir()})
     labels = book_labels(labels)
     own = [] if preset in SHARED_NAME else [preset]
     name = name or "-".join(["book", *own, *(catalog_stem(file) for file in (catalog, labels.get("labels")) if file)])

@@ -6,8 +6,8 @@
 __all__ = ['SCALES', 'MAP', 'MOST_PAIRS', 'PUT_OFF', 'LABELLED', 'SURE', 'LEAST_LABELLED', 'Scale', 'read_scale', 'scale_of',
            'Votes', 'Gathered', 'Drawn', 'gather', 'Label', 'lower_median', 'settle', 'vote_counts', 'outside',
            'shop_ids', 'join_items', 'label_pair', 'item_sides', 'query_sides', 'split_pairs', 'stated_side',
-           'leaks_of', 'LabelData', 'whole_queries', 'group_of', 'Opened', 'open_labels', 'two', 'unjoined',
-           'join_opened', 'label_data', 'save_labels', 'load_labels', 'read_label_data', 'rl_prompts']
+           'leaks_of', 'LabelData', 'whole_queries', 'group_of', 'joined_groups', 'Opened', 'open_labels', 'two',
+           'unjoined', 'join_opened', 'label_data', 'save_labels', 'load_labels', 'read_label_data', 'rl_prompts']
 
 # %% ../../nbs/18_shop.judged.ipynb #j002
 import json
@@ -346,6 +346,21 @@ def group_of(label: Label, product: Product) -> str:
     group = getattr(product, "group", None) or (label.item or {}).get("group")
     return f"group:{group}" if group else product.text
 
+def joined_groups(
+    groups: list[str],  # of each pair's item
+    ids: list[str],     # of each pair's item
+) -> list[str]:         # likewise
+    "Groups, those joined that an item's id lies in: a product under one id in two languages is one (ours)."
+    leader, first = {}, {}
+    def lead(group):
+        while group in leader: group = leader[group]
+        return group
+    for group, item in zip(groups, ids, strict=True):
+        one, other = sorted((lead(group), lead(first.setdefault(item, group))))
+        if one != other: leader[other] = one
+    return [lead(group) for group in groups]
+
+
 # %% ../../nbs/18_shop.judged.ipynb #j032
 SURE = ("veritail", "umbrela")   # formats that have no scale but their own
 
@@ -433,6 +448,7 @@ def label_data(
     catalogued = {product.text: catalog.groups.get(product.id, product.text) for product in products}
     rows = ((pair, group_of(label, item), stated_side(label)) for pair, label, item in known.values())
     pairs, groups, stated = map(list, zip(*rows, strict=True))
+    groups = joined_groups(groups, [pair.item_id for pair in pairs])
     *parts, dropped = split_pairs(pairs, groups, catalogued, seed, stated)
     train, test = (whole_queries(part, size, seed) for part, size in zip(parts, sizes, strict=True))
     counts = opened.counts | joined | leaks_of(pairs, groups, stated)
