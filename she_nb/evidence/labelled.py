@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'category_right', 'words_in', 'best_cuts', 'BM25', 'majority_label', 'judge_of_labels', 'labels_table',
-           'labels_sentence']
+           'labels_sentence', 'label_leads']
 
 # %% ../../nbs/59_evidence.labelled.ipynb #a002
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .agreement import label_metrics
+from .agreement import agreement_cells, agreement_metrics, interval, label_metrics, resampled
 from .evaluate import pick
 from .metrics import tier_metrics
 from .said import known_steps
 from .tables import metrics_table
 from ..shop.judged import LabelData, Scale
-from ..task import Pair, parse, read_step
+from ..task import BookError, Pair, parse, read_step
 
 # %% ../../nbs/59_evidence.labelled.ipynb #a015
 def category_right(
@@ -122,3 +123,40 @@ def labels_sentence(
                     f"{counts['alpha']:.2f} ({counts['alpha_low']:.2f} to {counts['alpha_high']:.2f} over queries).")
     missing, dropped = counts.get("items missing", 0), counts.get("dropped, for query and item part", 0)
     return " ".join([*said, f"Left out: {missing:,.0f} pairs without an item, {dropped:,.0f} that the split parts."])
+
+# %% ../../nbs/59_evidence.labelled.ipynb #labl0002
+def _labelled(records, arm):
+    "What an arm said of the labelled test, by seed, folded onto the tiers that people used."
+    tables = {r["seed"]: Path(r["folder"]) / "labelled.csv.gz" for r in pick(records, "evaluate", arm) if "folder" in r}
+    found = {}
+    for seed, path in tables.items():
+        if not path.is_file(): continue
+        table = pd.read_csv(path, keep_default_na=False).set_index("id").sort_index()
+        grades = sorted(set(table["tier_true"]))
+        nearest = {tier: min(grades, key=lambda own: abs(own - tier)) for tier in range(1, 5)} | {0: 0}
+        found[seed] = table.assign(folded=pd.to_numeric(table["tier_pred"]).fillna(0).astype(int).map(nearest))
+    return found
+
+def label_leads(
+    records: Iterable[dict],  # run records
+    arm: str,                 # whose lead
+    rivals: Iterable[str],    # over whom
+    metric: str = "qwk",      # of `agreement_metrics`
+    n: int = 2000,            # resamples
+) -> pd.DataFrame:            # a row for each rival that shares a seed: rival, seeds, pairs, effect, ci_low, ci_high
+    "How far a judge is ahead of others on people's labels, paired over queries (percentile bootstrap; ours)."
+    records, rows = list(records), []
+    ours = _labelled(records, arm)
+    for rival in rivals:
+        theirs, values, drawn, count = _labelled(records, rival), [], [], 0
+        for seed in (seeds := sorted(ours.keys() & theirs)):
+            both = ours[seed], theirs[seed]
+            if not both[0].index.equals(both[1].index):
+                raise BookError(f"{arm} and {rival} judged other labels with seed {seed}; evaluate both on the same data.")
+            cells = np.stack([agreement_cells(table["tier_true"], table["folded"]) for table in both], 1)
+            for kept, sums in ((values, cells.sum(0)), (drawn, resampled(cells, both[0]["query"], n, seed))):
+                kept.append(np.subtract(*np.moveaxis(agreement_metrics(sums)[metric], -1, 0)))
+            count += len(cells)
+        if seeds: rows.append((rival, len(seeds), count, float(np.mean(values)), *interval(np.mean(drawn, 0))))
+    return pd.DataFrame(rows, columns=["rival", "seeds", "pairs", "effect", "ci_low", "ci_high"])
+
