@@ -135,17 +135,24 @@ def measure_moves(
     measures: Iterable[str] = MEASURES,     # keys of MEASURES
 ) -> pd.DataFrame:                          # columns MOVE_COLUMNS; at home the verdict is "home" and the change empty
     "Every measure of every move, and its change from home."
-    records, rows = list(records), []
-    tables = {move: predictions_by_seed(records, transfer_name(*move)) for move in moves_of(records)}
-    for move, measure in ((move, name) for move in tables for name in measures):
-        level = known_interval(tables[move], MEASURES[measure]) or Interval(*[np.nan] * 4, 0)
-        row = (*move, measure, level.n, level.mean, level.low, level.high)
+    records, measures, rows = list(records), list(measures), []
+    moves = {move: predictions_by_seed(records, transfer_name(*move)) for move in moves_of(records)}
+    plain = {move: {seed: table[table["set"] == "balanced"] for seed, table in seeds.items()} for move, seeds in moves.items()}
+    given = {move: {seed: given_earlier(table) for seed, table in seeds.items()} for move, seeds in plain.items()}
+    def known(name, *sides):   # of one move, or of two
+        measure = MEASURES[name]
+        tables = given if measure.given else plain
+        return known_interval(tables[sides[0]], measure._replace(given=False), *(tables[side] for side in sides[1:]))
+    levels = {(move, name): known(name, move) for move in moves for name in measures}
+    for (move, name), level in levels.items():
+        told = level or Interval(*[np.nan] * 4, 0)
+        row = (*move, name, told.n, told.mean, told.low, told.high)
         at_home = move._replace(trained=move.tested)
         if move == at_home: rows.append((*row, np.nan, np.nan, np.nan, "home"))
-        elif at_home in tables:
-            away = known_interval(tables[move], MEASURES[measure], tables[at_home])
-            share = home.mean if (home := known_interval(tables[at_home], MEASURES[measure])) else np.nan
-            rows.append((*row, *(away[slot] if away else np.nan for slot in (0, 2, 3)), transfer_verdict(away, share)))
+        elif at_home in moves:
+            away, home = known(name, move, at_home), levels[at_home, name]
+            verdict = transfer_verdict(away, home.mean if home else np.nan)
+            rows.append((*row, *(away[slot] if away else np.nan for slot in (0, 2, 3)), verdict))
     return pd.DataFrame(rows, columns=list(MOVE_COLUMNS))
 
 # %% ../../nbs/59_evidence.transfer.ipynb #trf0028
