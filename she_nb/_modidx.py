@@ -473,6 +473,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'she_nb/evidence/blocks.py'),
                                         'she_nb.evidence.blocks.join_blocks': ( 'evidence.blocks.html#join_blocks',
                                                                                 'she_nb/evidence/blocks.py'),
+                                        'she_nb.evidence.blocks.markdown_html': ( 'evidence.blocks.html#markdown_html',
+                                                                                  'she_nb/evidence/blocks.py'),
                                         'she_nb.evidence.blocks.table_block': ( 'evidence.blocks.html#table_block',
                                                                                 'she_nb/evidence/blocks.py'),
                                         'she_nb.evidence.blocks.text_block': ( 'evidence.blocks.html#text_block',

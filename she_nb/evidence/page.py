@@ -14,11 +14,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-from nbconvert.filters import markdown2html
 
-from .blocks import Block, escape, figure_block, join_blocks, table_block, text_block
+from .blocks import Block, escape, figure_block, join_blocks, markdown_html, table_block, text_block
 from .evaluate import pick, read_records, summary
 from .figures import arm_order, arm_style, arms_figure
 from .tables import TABLE_METRICS, interval_note, metrics_table
@@ -222,6 +220,7 @@ def sections(
     notebook: str | Path,  # an executed notebook
 ) -> list[list]:           # lists of cells, each begun by a cell of prose
     "Split a notebook at its prose, and drop sections without outputs (ours)."
+    import nbformat  # a second or two, which only those pay who read a notebook
     parts = [[]]
     for cell in nbformat.read(str(notebook), as_version=4).cells:
         if cell.cell_type == "markdown": parts.append([])
@@ -255,11 +254,11 @@ def page_parts(
         if cell.cell_type == "markdown":
             rest = (other.source for other in cells[position:] if other.cell_type == "markdown")
             text = cell.source.replace(CONTENTS, contents(rest, mime_type))
-            parts.append(text if markdown else markdown2html(text))
+            parts.append(text if markdown else markdown_html(text))
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if mime_type in data: parts.append(data[mime_type])
-            elif "text/markdown" in data: parts.append(markdown2html(data["text/markdown"]))
+            elif "text/markdown" in data: parts.append(markdown_html(data["text/markdown"]))
     return [part.strip() for part in parts if part.strip()]
 
 # %% ../../nbs/58_evidence.page.ipynb #b60aa08c
