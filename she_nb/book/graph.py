@@ -360,11 +360,11 @@ def pending(
 # %% ../../nbs/76_book.graph.ipynb #prog0001
 def progress_sentence(
     book: Book,  # where to look
-) -> str:        # empty where all runs are recorded
+) -> str:        # empty where all runs are recorded, or none
     "How many of the planned runs have a record."
     runs = [run for run in plan(book) if run.stage != "report"]
     done = sum(has_record(book, run) for run in runs)
-    if done == len(runs): return ""
+    if done in (0, len(runs)): return ""   # none: what is recorded there is a book of another catalogue
     return f"{done} of {len(runs)} planned runs are recorded so far; `make ablations` makes the others."
 
 # %% ../../nbs/76_book.graph.ipynb #65cefe0d
