@@ -74,8 +74,10 @@ def save(
     figure: plt.Figure,
     path: str | Path,    # without suffix: figures/arms gives figures/arms.svg and figures/arms.png
 ) -> list[Path]:         # the two files
-    "Write a figure as SVG and as PNG."
-    return [atomic_write(f"{path}.{suffix}", image(figure, suffix)) for suffix in ("svg", "png")]
+    "Write a figure as SVG and as PNG, laid out once."
+    svg = atomic_write(f"{path}.svg", image(figure, "svg"))
+    figure.set_layout_engine("none")
+    return [svg, atomic_write(f"{path}.png", image(figure, "png"))]
 
 # %% ../../nbs/54_evidence.figures.ipynb #8a958647
 def canvas(

@@ -6,8 +6,8 @@
 __all__ = ['SCALES', 'MAP', 'MOST_PAIRS', 'PUT_OFF', 'LABELLED', 'SURE', 'LEAST_LABELLED', 'Scale', 'read_scale', 'scale_of',
            'Votes', 'Gathered', 'Drawn', 'gather', 'Label', 'lower_median', 'settle', 'vote_counts', 'outside',
            'shop_ids', 'join_items', 'label_pair', 'item_sides', 'query_sides', 'split_pairs', 'stated_side',
-           'leaks_of', 'LabelData', 'whole_queries', 'group_of', 'joined_groups', 'Opened', 'open_labels', 'two',
-           'unjoined', 'join_opened', 'label_data', 'save_labels', 'load_labels', 'read_label_data', 'rl_prompts']
+           'leaks_of', 'LabelData', 'whole_queries', 'group_of', 'Opened', 'open_labels', 'two', 'unjoined',
+           'join_opened', 'label_data', 'save_labels', 'load_labels', 'read_label_data', 'rl_prompts']
 
 # %% ../../nbs/18_shop.judged.ipynb #j002
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .catalog import Catalog, item_text
 from .corpora import Found, as_product, find_items, neighbour_items, read_judgments
-from .judgments import Judgment
+from .judgments import Judgment, joined_groups
 from .labels import read_queries
 from .pairs import category_name, load_part, split_of
 from .products import Product, clean_text
@@ -345,21 +345,6 @@ def group_of(label: Label, product: Product) -> str:
     "What holds the variants of one product together; its text where nothing does."
     group = getattr(product, "group", None) or (label.item or {}).get("group")
     return f"group:{group}" if group else product.text
-
-def joined_groups(
-    groups: list[str],  # of each pair's item
-    ids: list[str],     # of each pair's item
-) -> list[str]:         # likewise
-    "Groups, those joined that an item's id lies in: a product under one id in two languages is one (ours)."
-    leader, first = {}, {}
-    def lead(group):
-        while group in leader: group = leader[group]
-        return group
-    for group, item in zip(groups, ids, strict=True):
-        one, other = sorted((lead(group), lead(first.setdefault(item, group))))
-        if one != other: leader[other] = one
-    return [lead(group) for group in groups]
-
 
 # %% ../../nbs/18_shop.judged.ipynb #j032
 SURE = ("veritail", "umbrela")   # formats that have no scale but their own

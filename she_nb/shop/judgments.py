@@ -7,7 +7,7 @@ __all__ = ['NO_RATING', 'FIELDS', 'ITEM_FIELDS', 'EXTRA', 'TEXTS', 'DOCUMENTS', 
            'plain_name', 'roles_of', 'item_of', 'shown_item', 'parsed', 'book_judgments', 'opensearch_judgments',
            'search_texts', 'rank_eval_judgments', 'answered_judgments', 'rre_judgments', 'veritail_judgments',
            'query_words', 'umbrela_judgments', 'candidate_judgments', 'studio_rating', 'studio_judgments', 'Tool',
-           'tool_of_row']
+           'tool_of_row', 'joined_groups']
 
 # %% ../../nbs/16_shop.judgments.ipynb #jm003
 import json
@@ -260,3 +260,19 @@ def tool_of_row(
     "The tool that writes such rows."
     columns = set(columns)
     return next((tool for keys, tool in OBJECTS.items() if columns.issuperset(keys)), None)
+
+# %% ../../nbs/16_shop.judgments.ipynb #jgrp0002
+def joined_groups(
+    groups: list[str],  # of each pair's item
+    ids: list[str],     # of each pair's item
+) -> list[str]:         # likewise
+    "Groups, those joined that an item's id lies in: a product under one id in two languages is one (ours)."
+    leader, first = {}, {}
+    def lead(group):
+        while group in leader: group = leader[group]
+        return group
+    for group, item in zip(groups, ids, strict=True):
+        one, other = sorted((lead(group), lead(first.setdefault(item, group))))
+        if one != other: leader[other] = one
+    return [lead(group) for group in groups]
+
