@@ -198,9 +198,9 @@ def _sections(path):
 # %% ../../nbs/70_book.settings.ipynb #89320716
 RULES = ("srpo", "dpo", "ppo", *CREDIT_RULES)  # arms that need no line in [arms]; srpo stands for the reading of the settings
 WORLD = ("wishes", "slips", "teacher", "style", "max_completion")  # of the pairs and chains that all stages of an arm share
-RL_CHANGES = ("rl_steps", "prompts_per_step", "group_size", "micro_batch", "rl_lr", "warmup_steps", "temperature",
-              "reading", "gamma", "beta", "clip_epsilon", "gae_lambda", "critic_steps", "selection", "curriculum", "start",
-              "reward", "refill", "judge_share", "judge_samples", "judge_flip", "replay", *WORLD)
+RL_CHANGES = ("rl_steps", "prompts_per_step", "group_size", "rl_lr", "warmup_steps", "temperature", "reading", "gamma", "beta",
+              "clip_epsilon", "gae_lambda", "critic_steps", "selection", "curriculum", "start", "reward", "refill", "judge_share",
+              "judge_samples", "judge_flip", "replay", *WORLD)
 CHANGES = {"sft": ("order", *WORLD), "floor": ("order",),
            "dpo": ("dpo_sft", "dpo_beta", "dpo_prefer", *WORLD),
            **dict.fromkeys(("srpo", "ppo", *CREDIT_RULES), RL_CHANGES)}  # rule -> what an arm may change by its name
