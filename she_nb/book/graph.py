@@ -312,7 +312,7 @@ def plan(
         data, sft = (runs[run_key(stage, arm, book.seeds[0])] for stage, arm in (("data", "all"), ("sft", "sft")))
         engine = settings.engine if settings.engine in ("shared", "trl") else "shared"   # vLLM opens once in a process
         search, tune_settings = SeedPlan(book, TUNE_SEED, runs), replace(settings, rl_steps=settings.tune_steps, engine=engine)
-        for arm in dict.fromkeys(arm for seed in book.seeds for arm in book.arms_of(seed)):
+        for arm in book.arms:
             if arm not in ("srpo", "ppo", *CREDIT_RULES): continue
             search.add("tune", arm, tune_settings, settings.threads_train, data_dir=data, model_dir=sft)
     last, studies = SeedPlan(book, 0, runs), {name: arms for seed in book.seeds for name, arms in book.studies_of(seed).items()}

@@ -85,7 +85,7 @@ class LearningSettings(WarmSettings):
     group_size: int  # responses per prompt
     micro_batch: int  # responses in one forward pass; 0 takes all
     rl_lr: float  # its learning rate
-    tune_lrs: str  # learning rates that the ablations try for every arm, with commas between
+    tune_lrs: str  # learning rates that the ablations try for the arms compared, with commas between
     tune_steps: int  # optimizer steps of each try
     warmup_steps: int  # steps of linear warm-up
     temperature: float  # of the rollouts

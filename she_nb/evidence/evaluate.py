@@ -155,7 +155,6 @@ CLAIMS = {  # (better, worse) -> what is claimed, and by whom
     ("srpo_rejection", "srpo_random"): ("dropping groups that agree helps", "ours"),
     ("srpo", "srpo_flip_030"): ("turning three of ten verdicts round costs something", "ours"),
     ("srpo_flip_030", "grpo"): ("step credit from such a judge still beats the outcome", "ours"),
-    ("srpo", "srpo_judge_005"): ("a judge that was shown twenty times the pairs is worth more", "ours"),
     ("sft", "lexical"): ("fine-tuning beats counting words", "ours"),
     ("sft", "sft_label_only"): ("reasoning beats labels alone", "ours"),   # TaoSR1 finds the opposite at this stage
     ("sft", "sft_answer_first"): ("thinking first beats answering first", "ours")}
