@@ -18,6 +18,8 @@ FLAGS = --preset $(PRESET)$(if $(SMOKE),-smoke) $(if $(CATALOG),--catalog "$(CAT
         $(if $(CORES),--cores $(CORES)) $(if $(FORCE),--force) $(if $(DRY),--dry-run) \
         $(if $(EXECUTOR),--executor "$(EXECUTOR)") $(if $(PROFILE),--profile "$(PROFILE)") \
         $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--nodes $(NODES))
+# bytecode is kept: without it, as in many containers, every process compiles PyTorch and transformers anew, at twice a stage's cost
+export PYTHONDONTWRITEBYTECODE =
 # uv where it works, plain pip where it does not
 INSTALL = install() { UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q -p $(BIN)/python "$$@" \
           || $(BIN)/pip install -q "$$@"; }; install

@@ -221,7 +221,7 @@ extensions = ["myst_nb", "she_nb.book.site"]
 html_theme, html_title, html_static_path = "sphinx_book_theme", "she-nb", ["_static"]
 html_css_files, html_js_files = ["book.css"], ["sort.js"]
 html_context, html_favicon = {"default_mode": "auto"}, "_static/icon.svg"
-html_theme_options = {"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True, "collapse_navbar": True}
 html_show_sphinx, html_copy_source, html_show_copyright = False, False, False
 nb_execution_mode, nb_merge_streams, nb_ipywidgets_js = "off", True, {}
 myst_enable_extensions, myst_heading_anchors = ["dollarmath", "colon_fence"], 3
@@ -422,7 +422,7 @@ def check(
     pages, problems = {}, []
     for path in sorted(path for path in site.rglob("*.html") if "_static" not in path.parts):
         pages[path.resolve()] = Links()
-        pages[path.resolve()].feed(path.read_text(encoding="utf-8"))
+        pages[path.resolve()].feed(re.sub(r'</?span(?: class="[^"<>]*")?>', "", path.read_text(encoding="utf-8")))   # colours
     for path, links in pages.items():
         name = path.relative_to(site.resolve())
         for link, loaded in [*((link, True) for link in links.loads), *((link, False) for link in links.anchors)]:
