@@ -21,19 +21,21 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 
-from .card import newest_policy
+from .card import best_policy, newest_policy
 from ..task import TIERS, BookError, atomic_write, root
 
 # %% ../../nbs/69_serving.commands.ipynb #cm0005
 def chosen_model(
-    named: str,  # by the user; empty takes the newest book's
+    named: str,  # by the user: a folder, or a book, such as smol; empty takes the newest book's
 ) -> Path:
     "The folder of a policy."
-    if named and not Path(named, "config.json").is_file():
-        raise BookError(f"{named}: holds no model; name a folder such as work/book/train-srpo-s0, which she-nb book makes.")
-    if named: return Path(named)
+    if named and Path(named, "config.json").is_file(): return Path(named)
     try: work = Path(os.environ.get("SHE_NB_WORK") or root() / "work")
     except BookError: work = Path("work")
+    if named and (folder := best_policy(work / named)): return folder
+    if named:
+        raise BookError(f"{named}: holds no model, and no book of this name under {work} does; name a folder such as "
+                        f"work/book/train-srpo-s0, which she-nb book makes.")
     if folder := newest_policy(work): return folder
     raise BookError(f"No book under {work} has left a policy; name a folder by --model, or make one by she-nb book.")
 
@@ -260,7 +262,7 @@ def serve_command(args) -> None:  # args: host, port, and those of `open_judge`
     print(f"Ended; {server.batcher.judged:,} pairs were judged.", flush=True)
 
 # %% ../../nbs/69_serving.commands.ipynb #cm0025
-MODEL_OPTIONS = {"model": "folder of a policy (the newest book's)", "cal": "a calibration, from she-nb calibrate",
+MODEL_OPTIONS = {"model": "folder of a policy, or name of a book (the newest)", "cal": "a calibration, from she-nb calibrate",
                  "order": "think_first, answer_first or label_only (as the model's card says)",
                  "rule": "brief or full (likewise)", "tier-rule": "argmax, or cumulative for the median tier (argmax)",
                  "engine": "transformers, vllm, or the address of a server of this model, http://HOST:PORT (transformers)",
@@ -270,7 +272,7 @@ FILE_OPTIONS = {"products": "items by id: CSV, TSV, JSONL or Parquet", "catalog"
                 "queries": "texts of queries, by id", "fields": "columns of a table: query=q,doc_id=sku",
                 "locale": "of ESCI: us, es or jp", "reuse": "rows that were judged before, .jsonl",
                 "max-failed": "share of failed pairs above which the exit code is 1: 1%% or 0.01"}
-PLACES = dict.fromkeys(("products", "catalog", "queries", "reuse", "cal"), "FILE") | {"model": "FOLDER", "max-failed": "SHARE"}
+PLACES = dict.fromkeys(("products", "catalog", "queries", "reuse", "cal"), "FILE") | {"model": "MODEL", "max-failed": "SHARE"}
 PAIR_OPTIONS = {"query": "one query, with --title", "title": "one item's title", "brand": "its brand", "price": "its price"}
 FLAGS = {"only-holes": "only pairs that nobody rated",
          "tier-only": "leave out the steps of a policy that answers first", "retry-failed": "judge again what failed before",
