@@ -26,14 +26,15 @@ from ..task import TIERS, BookError, atomic_write, root
 
 # %% ../../nbs/69_serving.commands.ipynb #cm0005
 def chosen_model(
-    named: str,  # by the user: a folder, or a book, such as smol; empty takes the newest book's
+    named: str,  # by the user: a folder, or a book, or the preset of one, such as smol; empty takes the newest book's
 ) -> Path:
     "The folder of a policy."
     if named and Path(named, "config.json").is_file(): return Path(named)
     try: work = Path(os.environ.get("SHE_NB_WORK") or root() / "work")
     except BookError: work = Path("work")
-    if named and (folder := best_policy(work / named)): return folder
     if named:
+        for book in (named, f"book-{named}"):   # of `she-nb ablations`, and of `she-nb book --preset`
+            if folder := best_policy(work / book): return folder
         raise BookError(f"{named}: holds no model, and no book of this name under {work} does; name a folder such as "
                         f"work/book/train-srpo-s0, which she-nb book makes.")
     if folder := newest_policy(work): return folder
