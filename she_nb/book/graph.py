@@ -211,7 +211,7 @@ class SeedPlan:
     def tuned(self, rule: str, arm: str, own: Settings) -> Run:
         "An SFT or DPO model."
         if rule == "sft": return self.add("sft", arm, own, own.threads_sft, data_dir=self.data(own))
-        return self.add("dpo", arm, own, data_dir=self.data(own), model_dir=self.first("sft", own))
+        return self.add("dpo", arm, own, own.threads_dpo, data_dir=self.data(own), model_dir=self.first("sft", own))
 
     def first(self, rule: str, own: Settings) -> Run:
         "The SFT or DPO model that the arms of a world begin with, under the name of an arm that is declared to be it."
@@ -238,7 +238,7 @@ class ArmPlan(SeedPlan):
 
     def ask(self, own: Settings) -> Run:
         policy, world = self.first(own.start, own), self.world(own)
-        return self.add("ask", policy.arm, world, world.threads_train, data_dir=self.data(own), model_dir=policy)
+        return self.add("ask", policy.arm, world, world.threads_dpo, data_dir=self.data(own), model_dir=policy)
 
     def selects(self, own: Settings) -> bool:
         "Whether prompts are among those asked about: random ones, too, where the preset selects in the same world."

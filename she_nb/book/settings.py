@@ -126,6 +126,7 @@ class Settings(LearningSettings):
     ranks: int  # processes that share each step of a training arm
     sharding: str  # who holds the weights then: ddp, fsdp2 or zero3
     threads_sft: int  # threads of fine-tuning
+    threads_dpo: int  # threads of preferences, and of the answers by which prompts are selected
     threads_train: int  # threads of each training arm
 
 # %% ../../nbs/70_book.settings.ipynb #f197658b

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from .sft import Progress, common_config, compact_head, in_turns, run_training
+from ..policy.lean import lean
 from ..task import Pair, StepTruth, prompt, render
 from ..verifier import step_rewards
 
@@ -92,4 +93,5 @@ def train_dpo(
     trainer = CompactDPOTrainer(model, args=config, train_dataset=in_turns(Dataset.from_list(rows), tokenizer),
                                 processing_class=tokenizer,
                                 callbacks=[Progress(("loss", "rewards/accuracies", "rewards/margins"))])
+    lean(trainer.model)
     return trainer, run_training(trainer, out)

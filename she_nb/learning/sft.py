@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from ..policy.chat import framed
+from ..policy.lean import lean
 from ..policy.packing import SequenceRow, join_chains, no_mask
 from ..policy.rollout import accept_sharing, takes_any_mask
 from ..task import BookError, Pair, StepTruth, atomic_write, prompt, render
@@ -235,6 +236,7 @@ def train_sft(
     config = SFTConfig(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr,
                        warmup_steps=max(steps // 20, 1), lr_scheduler_type="cosine", weight_decay=0.01, seed=seed,
                        max_length=None, save_steps=max(steps // 4, 1), **common_config(**precision))
+    lean(model)
     joins = takes_any_mask(model)
     if joins: accept_sharing(model)
     trainer = CompactSFTTrainer(

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from .lean import lean
 from .packing import packed_logps
 from .rollout import SampledResponse, group_prompts, is_sharded, sample, takes_any_mask
 from ..task import BookError
@@ -118,6 +119,7 @@ class SharedPromptTrainer(SharedRolloutTrainer):
     ):
         self.packed_update = packed_update
         super().__init__(*args, shared_rollout=shared_rollout, **kwargs)
+        if packed_update: lean(self.model)
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
