@@ -225,7 +225,7 @@ def stems(
     "The stems of a text's words, for finding what two texts may share."
     return " ".join(["", *map(stem_of, padded_words(text).split()), ""])
 
-stem = lru_cache(2**14)(stems)  # of values
+stem = lru_cache(2**14)(stems)  # of values and of items, which recur
 
 # %% ../../nbs/10_shop.attributes.ipynb #a035
 SYSTEMS = frozenset(("eu", "uk", "us", "fr", "it", "jp", "cn"))  # of sizes
@@ -331,7 +331,7 @@ def doubtful(
 ) -> bool:
     "Whether an item that does not state a value may have it all the same."
     if value in stated: return False
-    known = stems(" ".join((category, *stated)))
+    known = stem(" ".join((category, *stated)))
     if says_most(value, text, known): return True
     if stated: return is_open or not all(excludes(value, other) for other in stated)
     return says_another(grams(text), spoken, known) or same_dimension(value, text)
@@ -344,8 +344,8 @@ def misstated(
     spoken: frozenset[str],   # from `spoken_values`
 ) -> bool:
     "Whether a title says another value and nothing of the stated ones."
-    words = set(stems(" ".join(stated)).split())
-    return words.isdisjoint(title.split()) and says_another(grams(title), spoken, stems(f"{category} {' '.join(stated)}"))
+    words = set(stem(" ".join(stated)).split())
+    return words.isdisjoint(title.split()) and says_another(grams(title), spoken, stem(f"{category} {' '.join(stated)}"))
 
 VAGUE = frozenset(stems("type name number level form content item product variety value style model other special general "
                         "use main sub of is has with and the for net").split())

@@ -34,6 +34,7 @@ from she_nb.shop.attributes import (
     phrase,
     says,
     spoken_values,
+    stem,
     stems,
     sure_words,
     without_phrases,
@@ -303,10 +304,10 @@ class Columns:
     def doubts(self, name: str, value: str, product: Product) -> bool:
         "Whether a product may have a value that it does not state, by its text and its other values."
         stated, spoken = stated_values(product).get(name, ()), self.spoken.get(name, frozenset())
-        title, category, is_open = stems(product.title), product.category[-1], name in self.open_names
+        title, category, is_open = stem(product.title), product.category[-1], name in self.open_names
         if value in stated: return not is_open and name != "brand" and misstated(stated, title, category, spoken)
         if not stated and mentions(name, title, category): return True
-        return doubtful(value, stated, stems(product.text), category, spoken, is_open)
+        return doubtful(value, stated, stem(product.text), category, spoken, is_open)
 
 # %% ../../nbs/12_shop.catalog.ipynb #c072
 @dataclass
