@@ -121,7 +121,7 @@ def run_rows(
     for path in sorted(Path(folder).glob("train-*/run.json")):
         record = json.loads(path.read_text())
         size_of, steps = record["parameters"], list(csv.DictReader((path.parent / "metrics.csv").open()))
-        if record["preset"] != "tiny" or not steps: continue
+        if record["preset"] != "tiny" or record["arm"].startswith("ppo") or not steps: continue   # a plan has no critic
         took = sorted((float(row["step_seconds"]), float(row["judge_seconds"] or 0)) for row in steps)[len(steps) // 4]
         batch = size_of["prompts_per_step"], size_of["group_size"]
         responses = mean(float(row["completion_length"]) for row in steps)
