@@ -38,7 +38,7 @@ ablations: .venv/.book $(PRETRAINED) $(PLUGIN)
 
 benchmark: .venv/.book
 	@echo "Timing training steps, ours beside TRL's own, and judging; half an hour, best on a machine with nothing else to do"
-	@$(BIN)/she-nb stage benchmark -p preset $(PRESET) -p cases book,grid,smollm2,judging -p rounds 3 \
+	@$(BIN)/she-nb stage benchmark -p preset $(PRESET) -p cases book,grid,smollm2,judging -p rounds 9 \
 	  -p threads 2 -p out "$(CURDIR)/reports/benchmark"
 
 # on one GPU: equalities, the benchmark case by case, the larger smol; what has left a record is not run again
