@@ -77,15 +77,17 @@ def lean_rotation(
     plain: Callable,  # a modeling file's `apply_rotary_pos_emb`
 ) -> Callable:        # to stand in its place
     "A rotation of queries and keys with the leaner gradient."
-    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        if not _is_lean(q, cos): return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
+        whole = cos.shape[-1] == q.shape[-1]   # else a part of each head alone is turned
+        if args or kwargs or not whole or not _is_lean(q, cos): return plain(q, k, cos, sin, *args, **kwargs)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)   # the same for all heads
         return RotationGradient.apply(q, cos, sin), RotationGradient.apply(k, cos, sin)
     apply_rotary_pos_emb.lean = True
     return apply_rotary_pos_emb
 
 # %% ../../nbs/21_policy.lean.ipynb #ln21a011
 def _same_norm(module):
+    if module.weight.device.type != "cpu" or module.weight.dtype != torch.float32: return False
     numbers = torch.linspace(-2, 3, 3 * len(module.weight)).view(3, -1)
     return torch.equal(module(numbers), RMSNormGradient.apply(numbers, module.weight, module.variance_epsilon))
 
