@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import rms_norm
 
 # %% ../../nbs/21_policy.lean.ipynb #ln21a005
 class RMSNormGradient(Function):
@@ -59,8 +60,8 @@ class RotationGradient(Function):
     def backward(ctx, gradient): return turned(gradient, *ctx.saved_tensors, back=-1), None, None
 
 # %% ../../nbs/21_policy.lean.ipynb #ln21a010
-def _is_lean(states, weight):
-    return torch.is_grad_enabled() and states.device.type == "cpu" and states.dtype == weight.dtype == torch.float32
+def _is_plain(states, weight):
+    return states.device.type == "cpu" and states.dtype == weight.dtype == torch.float32
 
 def lean_norm(
     kind: type,  # a module with `weight` and `variance_epsilon`
@@ -68,8 +69,9 @@ def lean_norm(
     "A norm's class with the leaner gradient."
     class Lean(kind):
         def forward(self, hidden_states):
-            if not _is_lean(hidden_states, self.weight): return super().forward(hidden_states)
-            return RMSNormGradient.apply(hidden_states, self.weight, self.variance_epsilon)
+            if not _is_plain(hidden_states, self.weight): return super().forward(hidden_states)
+            if torch.is_grad_enabled(): return RMSNormGradient.apply(hidden_states, self.weight, self.variance_epsilon)
+            return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
     Lean.__name__, Lean.__qualname__, Lean.lean = kind.__name__, kind.__qualname__, True
     return Lean
 
@@ -79,7 +81,8 @@ def lean_rotation(
     "A rotation of queries and keys with the leaner gradient."
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
         whole = cos.shape[-1] == q.shape[-1]   # else a part of each head alone is turned
-        if args or kwargs or not whole or not _is_lean(q, cos): return plain(q, k, cos, sin, *args, **kwargs)
+        can_turn = torch.is_grad_enabled() and whole and _is_plain(q, cos)
+        if args or kwargs or not can_turn: return plain(q, k, cos, sin, *args, **kwargs)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)   # the same for all heads
         return RotationGradient.apply(q, cos, sin), RotationGradient.apply(k, cos, sin)
     apply_rotary_pos_emb.lean = True
@@ -89,7 +92,9 @@ def lean_rotation(
 def _same_norm(module):
     if module.weight.device.type != "cpu" or module.weight.dtype != torch.float32: return False
     numbers = torch.linspace(-2, 3, 3 * len(module.weight)).view(3, -1)
-    return torch.equal(module(numbers), RMSNormGradient.apply(numbers, module.weight, module.variance_epsilon))
+    written_out = RMSNormGradient.apply(numbers, module.weight, module.variance_epsilon)
+    in_one_call = rms_norm(numbers, module.weight.shape, module.weight, module.variance_epsilon)
+    return torch.equal(module(numbers), written_out) and torch.equal(written_out, in_one_call)
 
 def _same_rotation(plain):
     states, angles = torch.linspace(-2, 3, 16).view(1, 1, 2, 8), torch.linspace(0, 2, 8).view(1, 2, 4).repeat(1, 1, 2)

@@ -86,7 +86,8 @@ class GroupCacheLayer(CacheLayerMixin):
 
     def expand(self, responses: int, capacity: int) -> None:
         "Allocate `capacity` positions for each response."
-        self.shared = tuple(states.contiguous() for states in self.shared)
+        keys, values = self.shared
+        self.shared = keys.transpose(2, 3).contiguous().transpose(2, 3), values.contiguous()   # as products read them
         self.keys, self.values = (states.new_empty(responses, states.shape[1], capacity, states.shape[3])
                                   for states in self.shared)
 
@@ -139,12 +140,13 @@ class GroupCache(Cache):
         "Each response to its prompt, which the whole group reads in one product, and to itself."
         tokens, (keys, values) = query.shape[2], self.layers[module.layer_idx].shared
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3) * scaling  # heads that share keys: more queries
-        scores = torch.cat([self.by_response(self.by_prompt(query) @ keys.transpose(2, 3)), query @ key.transpose(2, 3)], -1)
+        scores = torch.cat([self.by_prompt(query) @ keys.transpose(2, 3), self.by_prompt(query @ key.transpose(2, 3))], -1)
         if attention_mask is not None:
-            scores = (scores.unflatten(2, (-1, tokens)) + attention_mask[:, :, None]).flatten(2, 3)
+            mask = self.by_prompt(attention_mask).unflatten(2, (self.shape[1], 1, tokens))
+            scores = (scores.unflatten(2, (self.shape[1], -1, tokens)) + mask).flatten(2, 4)
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         to_prompt, to_itself = weights.split([keys.shape[2], key.shape[2]], -1)
-        outputs = self.by_response(self.by_prompt(to_prompt) @ values) + to_itself @ value
+        outputs = self.by_response(to_prompt @ values) + self.by_response(to_itself) @ value
         return outputs.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).contiguous()
 
 # %% ../../nbs/22_policy.rollout.ipynb #c013
