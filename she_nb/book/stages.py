@@ -15,7 +15,7 @@ from ast import Assign, Tuple, literal_eval, parse
 from contextlib import contextmanager
 from pathlib import Path
 
-from .kernels import call_or_run
+from .kernels import MEMORY, call_or_run
 from .records import digest
 from .settings import TYPE_NAMES
 from ..task import BookError, root
@@ -70,6 +70,7 @@ def _environment(threads):
     changes = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
                "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "TOKENIZERS_PARALLELISM": "false",
                "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    changes |= {key: os.environ.get(key, value) for key, value in MEMORY.items()}   # unless somebody has set them
     before = {key: os.environ.get(key) for key in changes}
     os.environ.update(changes)
     try: yield
