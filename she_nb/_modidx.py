@@ -1481,6 +1481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'she_nb.policy.packing.pack': ('policy.packing.html#pack', 'she_nb/policy/packing.py'),
                                        'she_nb.policy.packing.packed_logps': ( 'policy.packing.html#packed_logps',
                                                                                'she_nb/policy/packing.py'),
+                                       'she_nb.policy.packing.picked': ('policy.packing.html#picked', 'she_nb/policy/packing.py'),
                                        'she_nb.policy.packing.responses_to_head': ( 'policy.packing.html#responses_to_head',
                                                                                     'she_nb/policy/packing.py')},
             'she_nb.policy.rollout': { 'she_nb.policy.rollout.GroupCache': ('policy.rollout.html#groupcache', 'she_nb/policy/rollout.py'),

@@ -30,7 +30,8 @@ def same(one, other, loose=1e-4, names=NAMES):
 
 
 def test_thirty_steps_are_the_same_thirty_steps(policy, tokenizer, tmp_path):
-    packed, padded = (history(copy_of(policy, tokenizer), tokenizer, tmp_path, 30, packed) for packed in (True, False))
+    "In double precision, for in single what is rounded grows step by step, until after some twenty a token falls otherwise."
+    packed, padded = (history(copy_of(policy, tokenizer).double(), tokenizer, tmp_path, 30, packed) for packed in (True, False))
     same(packed, padded)
     assert moved(packed, policy) and len({row["reward"] for row in rows(packed)}) > 3
 
