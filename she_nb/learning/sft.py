@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from ..policy.chat import framed
-from ..policy.lean import lean
+from ..policy.lean import lean, lean_head
 from ..policy.packing import SequenceRow, join_chains, no_mask
 from ..policy.rollout import accept_sharing, takes_any_mask
 from ..task import BookError, Pair, StepTruth, atomic_write, prompt, render
@@ -163,7 +163,7 @@ class CompactSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         joined = "lengths" in inputs
         if joined: inputs["sharing"] = SequenceRow(inputs.pop("lengths"))
-        with compact_head(), no_mask(model) if joined else nullcontext():
+        with compact_head(), lean_head(), no_mask(model) if joined else nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
 # %% ../../nbs/37_learning.sft.ipynb #19654b79

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from .lean import lean_head
 from .rollout import accept_sharing, additive
 
 # %% ../../nbs/24_policy.packing.ipynb #mv24a001
@@ -217,7 +218,7 @@ def responses_to_head(
 
     hook = inner_model(model).base_model.register_forward_hook(without_prompts)
     try:
-        with no_mask(model): yield
+        with no_mask(model), lean_head(): yield
     finally: hook.remove()
 
 # %% ../../nbs/24_policy.packing.ipynb #c019
