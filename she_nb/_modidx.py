@@ -1478,6 +1478,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'she_nb/policy/packing.py'),
                                        'she_nb.policy.packing.Table.put': ('policy.packing.html#table.put', 'she_nb/policy/packing.py'),
                                        'she_nb.policy.packing.Table.take': ('policy.packing.html#table.take', 'she_nb/policy/packing.py'),
+                                       'she_nb.policy.packing.attends_copies': ( 'policy.packing.html#attends_copies',
+                                                                                 'she_nb/policy/packing.py'),
                                        'she_nb.policy.packing.behind': ('policy.packing.html#behind', 'she_nb/policy/packing.py'),
                                        'she_nb.policy.packing.flash': ('policy.packing.html#flash', 'she_nb/policy/packing.py'),
                                        'she_nb.policy.packing.group_starts': ( 'policy.packing.html#group_starts',
