@@ -292,6 +292,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'she_nb.book.plans': { 'she_nb.book.plans._line': ('book.plans.html#_line', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans._stacks': ('book.plans.html#_stacks', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.add_plan': ('book.plans.html#add_plan', 'she_nb/book/plans.py'),
+                                   'she_nb.book.plans.all_phases': ('book.plans.html#all_phases', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.asked_layouts': ('book.plans.html#asked_layouts', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.asked_task': ('book.plans.html#asked_task', 'she_nb/book/plans.py'),
                                    'she_nb.book.plans.both': ('book.plans.html#both', 'she_nb/book/plans.py'),
