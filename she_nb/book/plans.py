@@ -174,8 +174,8 @@ def check_words(
         lines.append(f"benchmark's cases without part in the fit: step {near(both(cases, 'step'), .25)}")
     if rows := run_errors(folder / "tiny/runs"):
         between = sum(row["least MB"] <= row["MB"] <= row["most MB"] for row in rows)
-        lines.append(f"arms of tiny: step {near(both(rows, 'step'), .25)}, "
-                     f"memory {between} of {len(rows)} between the fullest phase's and that of all phases together")
+        lines += [f"arms of tiny: step {near(both(rows, 'step'), .25)}",
+                  f"memory of these arms: {between} of {len(rows)} between that of the fullest phase and of all phases together"]
     return "\n".join(lines)
 
 # %% ../../nbs/79_book.plans.ipynb #pn0020
