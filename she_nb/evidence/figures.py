@@ -48,7 +48,8 @@ def arm_style(
 ) -> tuple[str, str, str]:   # label, colour, marker
     "The style of an arm; variants and arms outside `ARMS` are black (palettes: Okabe and Ito 2008, Tol 2021)."
     rule, *changes = re.split(r"[_+]", arm)
-    name = f"{ARMS[rule][0]}, {' '.join(changes).replace('=', ' = ')}" if rule in ARMS and changes else arm
+    words = [f"{int(word) / 100:g}" if re.fullmatch(r"0\d\d", word) else word.replace("=", " = ") for word in changes]
+    name = f"{ARMS[rule][0]}, {' '.join(words)}" if rule in ARMS and changes else arm
     return ARMS.get(arm, (name, "#000000", "*"))
 
 # %% ../../nbs/54_evidence.figures.ipynb #08ae23fb
