@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CASE_SHAPES', 'COLUMNS', 'NUMBERS', 'training_rate', 'serving_rate', 'step_of', 'public_errors', 'case_errors',
            'fitted_share', 'run_rows', 'all_phases', 'run_errors', 'within', 'both', 'near', 'check_words', 'verdict',
-           'memory_table', 'time_table', 'many', 'plan_text', 'plan_curve', 'plan_figure', 'preset_task', 'counted',
-           'asked_task', 'asked_layouts', 'plan_command', 'draw_plans', 'plan_facts', 'add_plan']
+           'memory_table', 'time_table', 'many', 'plan_text', 'plan_curve', 'plan_figure', 'preset_shape',
+           'preset_task', 'counted', 'asked_task', 'asked_layouts', 'plan_command', 'draw_plans', 'plan_facts',
+           'add_plan']
 
 # %% ../../nbs/79_book.plans.ipynb #pn0002
 import csv
@@ -36,7 +37,7 @@ from she_nb.book.planner import (
     seconds,
     update_activations,
 )
-from .settings import load_settings, presets
+from .settings import Settings, load_settings, presets
 from ..task import BookError, root
 
 # %% ../../nbs/79_book.plans.ipynb #pn0005
@@ -288,21 +289,34 @@ def _stacks(ax, plans, heights, title):
     ax.legend(fontsize=8)
 
 # %% ../../nbs/79_book.plans.ipynb #pn0028
+def preset_shape(
+    settings: Settings,  # of a preset
+    otherwise: Shape,    # of a model whose size isn't known here
+) -> Shape:
+    "The policy that a preset trains."
+    if settings.model == "qwen3-tiny":
+        width, heads, experts = settings.hidden_size, settings.heads, settings.experts
+        mixture = {"experts": experts, "active": settings.active_experts, "expert_ffn": 3 * width // settings.active_experts}
+        return Shape(settings.layers, width, heads, heads, width // heads, 3 * width, settings.vocab_size, head_norms=True,
+                     **mixture if experts else {})
+    name = settings.model.rpartition("/")[2].lower()
+    return next((shape for key, shape in SHAPES.items() if key == name or key.startswith(f"{name}-")), otherwise)
+
 def preset_task(
     name: str,  # a key of TASKS, or a preset of settings.ini
 ) -> Task:
-    "What a preset asks for."
+    "What a preset asks for; one without a task of its own has the lengths of a task that trains the same model."
     try: known = presets()
     except BookError: known = ()  # outside the book's folder
     if name not in known: return chosen(name, TASKS | dict.fromkeys(known), "preset")
-    settings = load_settings(root() / "settings.ini", name)
-    task, width = TASKS.get(name, TASKS["tiny"]), settings.hidden_size
-    own = Shape(settings.layers, width, settings.heads, settings.heads, width // settings.heads, 3 * width, settings.vocab_size,
-                head_norms=True)
-    shape = own if settings.model == "qwen3-tiny" else SHAPES.get(settings.model.rpartition("/")[2].lower(), task.policy)
+    file = root() / "settings.ini"
+    settings = load_settings(file, name)
+    models = {key: load_settings(file, key).model for key in TASKS if key in known}
+    task = TASKS.get(name) or TASKS[next((key for key, model in models.items() if model == settings.model), "tiny")]
     batch = replace(task.batch, prompts=settings.prompts_per_step, group=settings.group_size)
     judged = replace(task.judged, prompts=settings.prompts_per_step)
-    return replace(task, policy=shape, batch=batch, judged=judged, micro_batch=settings.micro_batch or task.micro_batch)
+    return replace(task, policy=preset_shape(settings, task.policy), batch=batch, judged=judged,
+                   micro_batch=settings.micro_batch or task.micro_batch)
 
 # %% ../../nbs/79_book.plans.ipynb #pn0030
 NUMBERS = {"prompts": "prompts of a step", "group": "responses to each", "prompt-tokens": "of a prompt",
