@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .adapters import adapter_within
 from .chat import framed
 from ..task import BookError, Pair, prompt, response_text, token_bytes
 
@@ -285,8 +286,9 @@ def sample(
     accept_sharing(model)
     uniforms, device = uniforms.to(model.device), model.device
     prompt_indices = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(counts, device=device))
-    cache, mask, lengths, logits = prefill(model, prompts, prompt_indices, uniforms.shape[1])
-    decoded = decode(model, cache, mask, lengths, logits, uniforms, eos_token_ids, temperature, top_p)
+    with adapter_within(model):
+        cache, mask, lengths, logits = prefill(model, prompts, prompt_indices, uniforms.shape[1])
+        decoded = decode(model, cache, mask, lengths, logits, uniforms, eos_token_ids, temperature, top_p)
     rows = zip(*(values.tolist() for values in decoded), strict=True)
     return [SampledResponse(ids[:n], logps[:n]) for ids, logps, n in rows]
 
