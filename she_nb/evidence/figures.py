@@ -47,10 +47,13 @@ def arm_style(
     arm: str,                # an arm's name in the records
 ) -> tuple[str, str, str]:   # label, colour, marker
     "The style of an arm; variants and arms outside `ARMS` are black (palettes: Okabe and Ito 2008, Tol 2021)."
-    rule, *changes = re.split(r"[_+]", arm)
-    words = [f"{int(word) / 100:g}" if re.fullmatch(r"0\d\d", word) else word.replace("=", " = ") for word in changes]
-    name = f"{ARMS[rule][0]}, {' '.join(words)}" if rule in ARMS and changes else arm
-    return ARMS.get(arm, (name, "#000000", "*"))
+    if arm in ARMS: return ARMS[arm]
+    base, *changes = arm.split("+")
+    rules = (name for name in ARMS if base.startswith(f"{name}_") and not name.startswith("srpo_"))   # srpo_group_4: of srpo
+    rule = base if base in ARMS else max(rules, key=len, default="")
+    words = [*base.removeprefix(rule).strip("_").split("_"), *changes] if rule else []
+    shown = [f"{int(word) / 100:g}" if re.fullmatch(r"0\d\d", word) else word.replace("=", " = ") for word in words if word]
+    return f"{ARMS[rule][0]}, {' '.join(shown)}" if shown else arm, "#000000", "*"
 
 # %% ../../nbs/54_evidence.figures.ipynb #08ae23fb
 def arm_order(
