@@ -15,7 +15,8 @@ import inspect
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -174,7 +175,7 @@ def has_figure(cell: nbformat.NotebookNode) -> bool:
 # %% ../../nbs/78_book.site.ipynb #7b03b851
 def answer_first(
     notebook: nbformat.NotebookNode,   # from `page`: a study or a stage
-    verdict: str = "",                 # Markdown; a study has one
+    verdict: str | None = None,        # of a study, Markdown; None: a stage
 ) -> nbformat.NotebookNode:            # the same cells: question, verdict, picture, what it means, then how it was made
     "Reorder a page so that it begins with its answer."
     opening, *rest = notebook.cells
@@ -182,14 +183,15 @@ def answer_first(
     position = next((i for i, cell in enumerate(rest) if has_figure(cell)), None)
     top = [new_markdown_cell(question), *([new_markdown_cell(verdict)] if verdict else [])]
     if position is not None:
-        picture = nbformat.from_dict({**rest[position], "id": f"{rest[position].id}-shown"})
-        top.append(add_tag(picture, "remove-input"))
-        rest[position].outputs = []
-        if verdict:   # of a study: what is said after the picture is about it
-            notes = [cell for cell in rest[position + 1:] if cell.cell_type == "markdown"]
-            top, rest = top + notes, [cell for cell in rest if not any(cell is note for note in notes)]
+        told = rest[position:] if verdict is not None else rest[position:position + 1]   # a study tells all that follows
+        for cell in told:
+            if cell.cell_type == "markdown": top.append(cell)
+            elif cell.outputs and not is_setup(cell):
+                top.append(add_tag(nbformat.from_dict({**cell, "id": f"{cell.id}-shown"}), "remove-input"))
+                cell.outputs = []
+        rest = [cell for cell in rest if not any(cell is each for each in top)]
     for cell in rest:
-        if cell.cell_type == "code" and (verdict or is_setup(cell)): add_tag(cell, "hide-input")
+        if cell.cell_type == "code" and (verdict is not None or is_setup(cell)): add_tag(cell, "hide-input")
     return nbformat.from_dict({**notebook, "cells": [*top, new_markdown_cell(f"## How it was run{separator}{command}"), *rest]})
 
 # %% ../../nbs/78_book.site.ipynb #830c6fca
@@ -347,11 +349,14 @@ def house_page(
 # %% ../../nbs/78_book.site.ipynb #39dae208
 def study_verdict(
     path: Path,      # of a notebook
-    records: list[dict],
-) -> str:            # Markdown; empty where the notebook is no study
-    "The verdict of a study notebook."
+    records_of: Callable[[str], list[dict]],  # name of a report -> its records
+) -> str | None:     # Markdown, empty where its report evaluates none of its arms; None where the notebook is no study
+    "The verdict of a study notebook, by the records that it reads."
     parameters = declared(path)
-    return verdict(records, parameters["compared"].split(","), parameters["against"]) if "compared" in parameters else ""
+    if "compared" not in parameters: return None
+    sources = "\n".join(cell.source for cell in nbformat.read(path, 4).cells)
+    records, arms = records_of(re.search(r'root\(\) / "reports/([^"]+)"', sources)[1]), parameters["compared"].split(",")
+    return verdict(records, arms, parameters["against"]) if any(pick(records, "evaluate", arm) for arm in arms) else ""
 
 def write_source(
     root: Path,     # of the repository
@@ -363,7 +368,8 @@ def write_source(
     for name, text in files.items(): atomic_write(source / name, text)
     reports = root / "reports/tiny"   # may be absent, or hold some of the runs
     if (reports / "figures").is_dir(): shutil.copytree(reports / "figures", source / "figures")
-    parts, records, groups = contents(root / "nbs"), read_records(reports), recorded_groups(reports)
+    parts, groups = contents(root / "nbs"), recorded_groups(reports)
+    records_of = cache(lambda name: read_records(root / "reports" / name))
     live = live_html(groups) if groups else ""
     for name in ["index", *(name for names in parts.values() for name in names)]:
         path = root / "nbs" / f"{name}.ipynb"
@@ -372,7 +378,7 @@ def write_source(
         if not outputs_current(notebook):
             raise BookError(f"{path.relative_to(root)}: its outputs are not of its code; run `make outputs`.")
         page_notebook = page(notebook, name == "index", live)
-        if "/" in name: page_notebook = answer_first(page_notebook, study_verdict(path, records))
+        if "/" in name: page_notebook = answer_first(page_notebook, study_verdict(path, records_of))
         for cell in page_notebook.cells:
             if cell.cell_type == "markdown": cell.source = relocate_links(cell.source, name, root, source)
             for data in (output.data for output in cell.get("outputs", []) if "data" in output):
