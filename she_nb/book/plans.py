@@ -241,7 +241,9 @@ def plan_text(
              f"{how.gpus} {how.card.name}, {how.strategy}, {how.engines} engines, tensor {how.tensor}, expert {how.expert}"
              + (f", adapters of rank {task.lora}" if task.lora else "")]
     saved = f"A checkpoint takes {disk(task) / 1e9:,.3g} GB on disk; writing it, {plan.host / 1e9:,.3g} GB of main memory."
-    return "\n".join([*lines, "", *memory_table(plan), "", *time_table(plan), "", saved])
+    keeps = how.card.name.startswith("cpu") and how.engines == "shared"   # see `all_phases`
+    kept = [f"A stage keeps what a phase gave back, and may come to {all_phases(plan) / 1e6:,.0f} MB."] if keeps else []
+    return "\n".join([*lines, "", *memory_table(plan), *kept, "", *time_table(plan), "", saved])
 
 # %% ../../nbs/79_book.plans.ipynb #pn0025
 def plan_curve(

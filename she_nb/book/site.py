@@ -358,6 +358,7 @@ def study_verdict(
     records, arms = records_of(re.search(r'root\(\) / "reports/([^"]+)"', sources)[1]), parameters["compared"].split(",")
     return verdict(records, arms, parameters["against"]) if any(pick(records, "evaluate", arm) for arm in arms) else ""
 
+# %% ../../nbs/78_book.site.ipynb #39dae209
 def write_source(
     root: Path,     # of the repository
     source: Path,   # emptied and filled

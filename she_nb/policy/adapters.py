@@ -97,15 +97,16 @@ def adapter_within(
     model: torch.nn.Module,  # one without an adapter stays as it is
 ):
     "Within a `with` block an adapter lies in the weights below it; afterwards these are what they were, to the bit (ours)."
-    before = []
-    for layer in (part for part in model.modules() if isinstance(part, Linear)):
-        weight = layer.get_base_layer().weight
-        plain = type(weight.data) is torch.Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
-        if layer.merged or layer.disable_adapters or not plain: continue
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
-        before.append((layer, weight, weight.data))
-        with torch.no_grad(): weight.data = weight.data + sum(map(layer.get_delta_weight, names))
-        layer.merged_adapters = names
-    try: yield
+    layers, before = [part for part in model.modules() if isinstance(part, Linear)], []
+    try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            plain = type(weight.data) is torch.Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
+            if layer.merged or layer.disable_adapters or not plain: continue
+            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            before.append((layer, weight, weight.data))
+            with torch.no_grad(): weight.data = weight.data + sum(map(layer.get_delta_weight, names))
+            layer.merged_adapters = names
+        yield
     finally:
         for layer, weight, data in before: weight.data, layer.merged_adapters = data, []
