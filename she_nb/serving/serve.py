@@ -298,9 +298,9 @@ class Server(ThreadingHTTPServer):
                 self.open -= 1
                 self.idle.notify_all()
 
-    def close(self, patience: float = 10):  # seconds for the last answers to be sent
-        "Answer what waits, then stop."
+    def close(self, patience: float = 10):  # seconds for the last requests to be read, and for the last answers to be sent
+        "Answer whoever has called, then stop."
         self.shutdown()
-        self.batcher.close()
-        with self.idle: self.idle.wait_for(lambda: not self.open, patience)
-        self.server_close()
+        for stop in (self.batcher.close, self.server_close):
+            with self.idle: self.idle.wait_for(lambda: not self.open, patience)
+            stop()
