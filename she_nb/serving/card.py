@@ -57,7 +57,8 @@ def read_card(
     return known if {"order", "rule"} <= set(known) else {}
 
 # %% ../../nbs/61_serving.card.ipynb #cd0011
-POLICIES = ("train-srpo", "train-grpo", "dpo-dpo", "sft-sft")  # stage and arm, the best of a book first (ours)
+POLICIES = ("train-srpo", "train-srpo_16_prompts", "train-grpo", "train-grpo_16_prompts", "dpo-dpo", "sft-sft")
+# stage and arm, the best of a book first; of 16 prompts are those of a preset that trains no others (ours)
 
 def best_policy(
     book: str | Path,  # its folder of checkpoints
