@@ -243,7 +243,8 @@ def study_block(
              f"{effect_sentence(Interval(row.effect, np.nan, row.ci_low, row.ci_high, row.seeds))}"
              for row in differences.itertuples() if row.seeds > 1]
     single_seed = [arm_style(arm)[0] for arm in dict.fromkeys(differences["arm"][differences["seeds"] == 1])]
-    if single_seed: lines.append(f"- With one seed, which decides nothing: {', '.join(single_seed)}.")
+    between = "; " if any("," in name for name in single_seed) else ", "
+    if single_seed: lines.append(f"- With one seed, which decides nothing: {between.join(single_seed)}.")
     for pair, caveat in CAVEATS.items():
         if against in pair and set(pair) <= {against, *differences["arm"]}: lines.append(f"- {arm_style(pair[1])[0]}: {caveat}")
     note = f"Both tests, in percent, over the seeds that all these arms share. {interval_note(results)}"
