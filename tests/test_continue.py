@@ -5,11 +5,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from small import CHAINS, PAIRS, copy_of, rows, settings, trainer, weights
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from she_nb.learning.ppo import PPOTrainer
 from she_nb.learning.sft import Progress, run_training, sft_dataset, train_sft
 from she_nb.learning.trainers import StepGRPOTrainer, train_rl
+from she_nb.policy.adapters import with_adapter
 from she_nb.policy.models import new_model
 
 
@@ -86,9 +87,29 @@ def test_sft_killed_and_continued_is_as_if_never_killed(tokenizer, tmp_path, who
     assert torch.equal(learnt, again[1])
 
 
-def test_a_finished_training_is_not_trained_further(policy, tokenizer, tmp_path):
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("passed_over", [False, True])
+def test_an_adapter_killed_and_continued_is_as_if_never_killed(policy, tokenizer, tmp_path, monkeypatch, beta, passed_over):
+    "With beta TRL keeps a copy beside the adapter; some releases of transformers then pass the adapter over."
+    def make(folder):
+        model = with_adapter(copy_of(policy, tokenizer), "policy", rank=4)
+        config = settings(folder, 6, save_strategy="steps", save_steps=2, beta=beta)
+        return trainer(StepGRPOTrainer, model, tokenizer, config)
+
+    run_training(whole := make(tmp_path / "whole"), tmp_path / "whole")
+    killed = make(tmp_path / "killed")
+    killed.add_callback(Kill(5))
+    with pytest.raises(Killed): run_training(killed, tmp_path / "killed")
+    if passed_over: monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda self, path, model=None: None)
+    run_training(again := make(tmp_path / "killed"), tmp_path / "killed")
+    assert rows(again) == rows(whole) and torch.equal(weights(again.model), weights(whole.model))
+    assert (weights(whole.model) - weights(make(tmp_path / "new").model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [4, 3])   # four are an epoch
+def test_a_finished_training_is_not_trained_further(policy, tokenizer, tmp_path, steps):
     def go():
-        config = settings(tmp_path, 4, save_strategy="steps", save_steps=2)
+        config = settings(tmp_path, steps, save_strategy="steps", save_steps=2)
         return train_rl(copy_of(policy, tokenizer), tokenizer, PAIRS, config)
 
     (first, log), (second, same) = go(), go()

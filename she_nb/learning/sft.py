@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMON_CONFIG', 'MARK', 'common_config', 'Progress', 'launched_ranks', 'mark_whole', 'WholeCheckpoints',
-           'last_checkpoint', 'run_training', 'sft_dataset', 'in_turns', 'tokenize_completions', 'compact_head',
-           'CompactSFTTrainer', 'orthogonalize', 'Muon', 'train_sft']
+           'last_checkpoint', 'AdapterBack', 'run_training', 'sft_dataset', 'in_turns', 'tokenize_completions',
+           'compact_head', 'CompactSFTTrainer', 'orthogonalize', 'Muon', 'train_sft']
 
 # %% ../../nbs/37_learning.sft.ipynb #3c1e4856
 import json
@@ -18,8 +18,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
@@ -99,6 +101,15 @@ def last_checkpoint(
     return None
 
 # %% ../../nbs/37_learning.sft.ipynb #e0631ec8
+class AdapterBack(TrainerCallback):
+    "Loads the trained adapter: of a checkpoint with a reference, some releases of transformers load that alone (ours)."
+    def __init__(self, checkpoint: Path): self.checkpoint = checkpoint
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        apart = hasattr(model, "peft_config") and not args.fsdp and not args.deepspeed   # these keep checkpoints of their own
+        path = self.checkpoint / "adapter_model.safetensors"
+        if apart and path.is_file(): set_peft_model_state_dict(model, load_file(path), adapter_name="default")
+
 def run_training(
     trainer,                # an SFTTrainer or a GRPOTrainer
     out: str | Path,        # folder of checkpoints
@@ -113,7 +124,13 @@ def run_training(
         raise BookError(f"{last} was written by {wrote} processes and {together} would continue it; "
                         f"set ranks = {wrote}, or delete the folder.")
     if last and trainer.accelerator.is_main_process: print(f"continuing from {last.name}", flush=True)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if last: trainer.add_callback(back := AdapterBack(last))
+    state, args = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else TrainerState(), trainer.args
+    if 0 < args.max_steps <= state.global_step and not args.fsdp and not args.deepspeed:   # train would add a step
+        trainer.state = state
+        trainer._load_from_checkpoint(str(last))
+        back.on_train_begin(args, state, None, trainer.model)
+    else: trainer.train(resume_from_checkpoint=str(last) if last else None)
     return [row for row in trainer.state.log_history if "train_runtime" not in row]
 
 # %% ../../nbs/37_learning.sft.ipynb #c010

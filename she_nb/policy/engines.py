@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import base_of
+from .adapters import base_digest, base_of
 from .chat import framed
 from .models import DTYPES, load_policy, load_tokenizer, model_folder, save_policy
 from .rollout import SampledResponse, sample_groups, token_logps
@@ -395,7 +395,12 @@ class Server:
         models = [one for one in self.ask(path="models").get("data") or [] if isinstance(one, dict) and one.get("id")]
         wanted, known = Path(folder).name, ", ".join(str(one["id"]) for one in models)[:80] or "nothing"
         for one in models:
-            if wanted in (Path(str(one.get("root") or "")).name, Path(str(one["id"])).name): return one["id"]
+            root = Path(str(one.get("root") or "nowhere"))
+            if wanted not in (root.name, Path(str(one["id"])).name): continue
+            there, here = base_digest(root), base_of(folder) is None and base_digest(folder)   # of an adapter it serves the sum
+            if there and here and there != here:
+                raise BookError(f"{self.url}: serves {root}, other weights than {folder} holds; serve that folder, by {SERVE}.")
+            return one["id"]
         raise BookError(f"{self.url}: serves {known}, and {wanted} is wanted; serve that folder, by {SERVE}.")
 
 # %% ../../nbs/27_policy.engines.ipynb #en27a042

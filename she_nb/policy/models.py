@@ -132,7 +132,8 @@ def load_policy(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     "A causal model, on this process's device, and its tokenizer, padded on the left; what cannot be opened raises `BookError`."
     base, digest = base_of(name) or (name, "")
-    tokenizer, model = load_tokenizer(name), _opened(AutoModelForCausalLM, base, dtype=dtype, use_safetensors=True)
+    tokenizer, below = load_tokenizer(name), base != name and base_of(base)   # an adapter may have learnt above another
+    model = load_policy(base, dtype)[0] if below else _opened(AutoModelForCausalLM, base, dtype=dtype, use_safetensors=True)
     if digest and base_digest(model_folder(base)) != digest:
         raise BookError(f"{name}: its adapter belongs to other weights than those of {base}; put these back, or train it again.")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -17,10 +17,12 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
+from .adapters import summed_weights
 from .engines import LONGEST, Sampling, file_output, is_address, response_logps, vllm_module
 from ..task import BookError
 
@@ -147,6 +149,10 @@ class TrainedGeneration(VLLMGeneration):
             with file_output(): super()._init_vllm()
         except REFUSALS as error: raise self.refusal(error) from error
         finally: module.LLM = original
+
+    def _iter_named_params(self):
+        plain = is_peft_model(self.model) and not self._dist.is_fsdp and not self._dist.is_zero3
+        return summed_weights(self.model) if plain else super()._iter_named_params()   # gathered: TRL's, on whole parameters
 
     def refusal(self, error: Exception) -> BookError:
         where = self.server_base_url if self.mode == "server" else self.model.name_or_path

@@ -23,6 +23,9 @@ def model_digest(
         if path.name not in ("config.json", "tokenizer.json") and path.suffix != ".safetensors": continue
         with path.open("rb") as file:
             while piece := file.read(1 << 20): digest.update(piece)
+    for name, key in (("adapter_config.json", "lora_alpha"), ("base.json", "sha256")):   # where their paths lie says nothing
+        path = Path(folder, name)
+        if path.is_file(): digest.update(f"{name} {json.loads(path.read_text()).get(key)}".encode())
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/61_serving.card.ipynb #cd0006

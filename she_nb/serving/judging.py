@@ -61,7 +61,8 @@ class Judge:
         type_ = PRECISIONS[precision_for(self.engine, self.decoding.precision)]
         self.model = model if isinstance(model, Engine) else model.to(type_)
         self.calibrate, self.calibration = calibrate, calibration
-        self.prompt_digest = digest_of(prompt("query", "item", self.decoding.rule), self.decoding.order, *TAGS)
+        asked = framed(tokenizer, [prompt("query", "item", self.decoding.rule)])
+        self.prompt_digest = digest_of(*asked, self.decoding.order, *TAGS)
         how = [f"form {FORM}, {LONGEST} characters", *([self.engine] if self.engine != "transformers" else [])]
         self.decoding_digest = digest_of(json.dumps(asdict(self.decoding), sort_keys=True), *how)
 
