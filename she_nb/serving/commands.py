@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -61,6 +62,7 @@ def open_judge(args):  # args: model, engine, cal, order, rule, tier_rule, preci
 
     from she_nb.serving.judging import Judge
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")   # of what it calls itself
     stated = {name: getattr(args, name) for name in ("order", "rule", "tier_rule", "precision", "engine") if getattr(args, name)}
     if getattr(args, "tier_only", False): stated["steps"] = False
     return folder, Judge.load(folder, scale, **calibration, **stated)
