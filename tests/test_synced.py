@@ -6,12 +6,18 @@ from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
 from conftest import refused
-from small import PAIRS, moved, settings
+from small import PAIRS, copy_of, moved, settings
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from she_nb.learning.trainers import curve_rows, train_rl
+from she_nb.policy.adapters import with_adapter
 from she_nb.policy.engines import Sampling, TransformersEngine
 from she_nb.policy.models import load_policy, save_policy
+from she_nb.policy.synced import TrainedGeneration
 from she_nb.task import BookError
 
 
@@ -68,6 +74,18 @@ def folder(policy, tokenizer, tmp_path_factory):
 
 def train(folder, tokenizer, out, **changes):
     return train_rl(folder, tokenizer, PAIRS, settings(out, **changes), engine="vllm", credit="srpo_return")
+
+
+def test_what_is_sent_of_an_adapter_is_what_trl_sends(policy, tokenizer):
+    model = with_adapter(copy_of(policy, tokenizer), "policy", rank=4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name: weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    generation = object.__new__(TrainedGeneration)
+    generation.model, generation._dist = model, DistributedBackend(Accelerator(cpu=True))
+    ours = {name: weight.clone() for name, weight in generation._iter_named_params()}
+    theirs = {name: weight.clone() for name, weight in VLLMGeneration._iter_named_params(generation)}
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items(): torch.testing.assert_close(ours[name], weight)
 
 
 def test_srpo_learns_from_what_vllm_samples(vllm, folder, tokenizer, tmp_path):

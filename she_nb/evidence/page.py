@@ -87,7 +87,8 @@ def byline(
 ) -> str:                     # one line of Markdown
     "Preset, arms and seeds of a report."
     runs = [r for r in records if r["stage"] != "report"]
-    arms = ", ".join(arm_style(arm)[0] for arm in arm_order(r["arm"] for r in runs if r["stage"] == "evaluate"))
+    named = [arm_style(arm)[0] for arm in arm_order(r["arm"] for r in runs if r["stage"] == "evaluate")]
+    arms = ("; " if any("," in name for name in named) else ", ").join(named)
     if not arms: return "*No arm has been evaluated yet.*"
     seeds, preset = {r["seed"] for r in pick(runs, "evaluate")}, escape(_each(runs, lambda r: r.get("preset")))
     return f"*{arms}; preset {preset}; {len(seeds)} seed{'s' * (len(seeds) > 1)}*"
