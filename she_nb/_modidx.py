@@ -603,6 +603,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'she_nb.evidence.figures.effects_figure': ( 'evidence.figures.html#effects_figure',
                                                                                      'she_nb/evidence/figures.py'),
                                          'she_nb.evidence.figures.image': ('evidence.figures.html#image', 'she_nb/evidence/figures.py'),
+                                         'she_nb.evidence.figures.legend_below': ( 'evidence.figures.html#legend_below',
+                                                                                   'she_nb/evidence/figures.py'),
                                          'she_nb.evidence.figures.legend_columns': ( 'evidence.figures.html#legend_columns',
                                                                                      'she_nb/evidence/figures.py'),
                                          'she_nb.evidence.figures.rule_of': ('evidence.figures.html#rule_of', 'she_nb/evidence/figures.py'),

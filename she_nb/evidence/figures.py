@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'MAIN', 'LOOK', 'TESTS', 'ARM_METRICS', 'STUDY_METRICS', 'BY_WISHES', 'CURVES', 'PANELS', 'STAGES', 'rule_of',
-           'arm_style', 'arm_order', 'arm_styles', 'image', 'save', 'canvas', 'legend_columns', 'arms_figure',
-           'tier_f1_figure', 'type_f1_figure', 'absent_types', 'wishes_metrics', 'by_wishes_figure', 'step_figure',
-           'curves_figure', 'cost_table', 'cost_figure', 'effects_figure']
+           'arm_style', 'arm_order', 'arm_styles', 'image', 'save', 'canvas', 'legend_columns', 'legend_below',
+           'arms_figure', 'tier_f1_figure', 'type_f1_figure', 'absent_types', 'wishes_metrics', 'by_wishes_figure',
+           'step_figure', 'curves_figure', 'cost_table', 'cost_figure', 'effects_figure']
 
 # %% ../../nbs/54_evidence.figures.ipynb #043e52d9
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -124,10 +125,15 @@ def _dots(ax, table, names, vertical=True):
 # %% ../../nbs/54_evidence.figures.ipynb #e3f192ae
 def legend_columns(
     labels: Iterable[str],  # of a legend under a figure
-) -> int:                   # in two rows where one would be cut
+    width: float,           # of the figure, inches
+) -> int:                   # in as many rows as it takes
     "How many labels stand beside each other."
-    widths = [len(label) + 6 for label in labels]
-    return len(widths) if sum(widths) < 100 else -(-len(widths) // 2)
+    letters = [len(label) + 6 for label in labels]   # with its line; nine letters to an inch
+    return -(-len(letters) // math.ceil(sum(letters) / (9 * width)))
+
+def legend_below(figure, lines, labels):
+    "A legend under a figure, which cuts no label."
+    figure.legend(lines, labels, loc="outside lower center", ncols=legend_columns(labels, figure.get_figwidth()))
 
 def _absent(message):
     "An empty figure that shows a message."
@@ -194,7 +200,7 @@ def _metrics_figure(table, panels, labels, unit, share=True):
         for ax in axes: ax.set_ylim(top=min(ax.get_ylim()[1], 101))
         axes[0].set_ylabel(unit)
         lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=legend_columns(lines))
+        legend_below(figure, lines.values(), lines.keys())
     return figure
 
 # %% ../../nbs/54_evidence.figures.ipynb #b418f281
@@ -349,7 +355,7 @@ def curves_figure(
         for ax, name in zip(axes.flat, panels, strict=False): _curve(ax, log, name)
         for ax in axes[-1]: ax.set_xlabel("training step")
         lines, labels = axes.flat[0].get_legend_handles_labels()
-        if len(labels) > 1: figure.legend(lines, labels, loc="outside lower center", ncols=legend_columns(labels))
+        if len(labels) > 1: legend_below(figure, lines, labels)
     return figure
 
 # %% ../../nbs/54_evidence.figures.ipynb #e3a6e009
